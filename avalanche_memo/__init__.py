@@ -1,0 +1,5 @@
+"""Class-incremental learning for Avalanche: expandable networks at an equal memory budget."""
+
+from avalanche_memo.training import DER, MEMO, Finetune, Replay
+
+__all__ = ["DER", "MEMO", "Finetune", "Replay"]

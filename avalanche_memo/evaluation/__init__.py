@@ -1,0 +1,25 @@
+"""Evaluation: figures that sum up a class-incremental run, and the metrics that measure them."""
+
+from avalanche_memo.evaluation.functional import (
+    area_under_budget,
+    average_incremental_accuracy,
+    forgetting_rate,
+    group_classes,
+)
+from avalanche_memo.evaluation.metrics import (
+    ClassIncrementalAccuracy,
+    MemoryUsage,
+    class_incremental_metrics,
+    memory_metrics,
+)
+
+__all__ = [
+    "ClassIncrementalAccuracy",
+    "MemoryUsage",
+    "area_under_budget",
+    "average_incremental_accuracy",
+    "class_incremental_metrics",
+    "forgetting_rate",
+    "group_classes",
+    "memory_metrics",
+]

@@ -1,0 +1,274 @@
+"""The expandable network of MEMO and DER: shared generalized blocks, one specialized block per experience.
+
+MEMO: Zhou et al., "A Model or 603 Exemplars: Towards Memory-Efficient Class-Incremental Learning",
+ICLR 2023. DER: Yan et al., "DER: Dynamically Expandable Representation for Class Incremental
+Learning", CVPR 2021.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from avalanche.models import DynamicModule
+from torch import Tensor, nn
+
+from avalanche_memo.models.heads import GrowingLinear
+from avalanche_memo.models.staged import StagedBackbone
+
+__all__ = ["UNSEEN_LOGIT", "ExpandableNetwork", "NetworkOutputs", "experience_classes"]
+
+UNSEEN_LOGIT = -1e4
+"""The logit of a class not seen yet: its softmax is exactly 0 in float32, and it stays finite in
+products with 0, which -inf would turn into NaN in distillation losses."""
+
+
+@dataclass(frozen=True)
+class NetworkOutputs:
+    """What one forward pass computed, for plugins and metrics that need more than the logits.
+
+    :param logits: ``[B, W]``, a column per class id.
+    :param features: ``[B, D]``, the blocks' features side by side, oldest block first.
+    :param stage_maps: the outputs ``[B, C_s, H_s, W_s]`` of the generalized stages and then of the
+        newest specialized block's stages.
+    :param auxiliary_logits: ``[B, 1 + new classes]`` of the newest block, column 0 for every older
+        class; ``None`` before the first expansion and in evaluation mode.
+    """
+
+    logits: Tensor
+    features: Tensor
+    stage_maps: list[Tensor]
+    auxiliary_logits: Tensor | None
+
+
+class ExpandableNetwork(DynamicModule):
+    """A network that grows a specialized block for each experience with new classes.
+
+    The first ``shared_stages`` stages of the backbone, the generalized blocks, are shared; a fresh
+    copy of the others is added per experience, starting from the previous copy's weights, and the
+    older ones are frozen: no gradient for their parameters, BatchNorm in evaluation mode, while the
+    loss still reaches the generalized blocks through them. With ``n`` stages, ``shared_stages=0``
+    is DER's network, ``n - 1`` MEMO's, ``n - 2`` MEMO-2's, and ``n`` a single network whose
+    classifier alone grows.
+
+    Growth is Avalanche's model adaptation, in training mode only. Class ids may come in any order
+    and with gaps: the logits have a column per class id, and columns of classes not seen yet hold
+    :data:`UNSEEN_LOGIT`. The classifier has rows for the seen classes alone, in order of
+    appearance, so neither its size nor its initialisation depends on how classes are numbered.
+
+    :param make_backbone: called once, returns the :class:`StagedBackbone` to share and to copy.
+    :param shared_stages: number of stages shared, 0 to all.
+    :param train_generalized: whether the generalized blocks go on learning after the first
+        experience, as published for Base-0; ``False`` freezes them, as published for Base-50.
+    :param gradient_through_frozen: whether the loss reaches the generalized blocks through the
+        older specialized blocks, as published. ``False`` is faster: the generalized blocks then
+        learn from the newest block alone.
+    :raises TypeError: if ``make_backbone`` does not return a :class:`StagedBackbone`.
+    :raises ValueError: if the backbone has too few stages for ``shared_stages``.
+    """
+
+    def __init__(
+        self,
+        make_backbone: Callable[[], StagedBackbone],
+        shared_stages: int,
+        *,
+        train_generalized: bool = True,
+        gradient_through_frozen: bool = True,
+    ) -> None:
+        super().__init__()
+        backbone = make_backbone() if callable(make_backbone) else make_backbone
+        if not callable(make_backbone) or not isinstance(backbone, StagedBackbone):
+            raise TypeError(
+                "make_backbone: expected a callable that returns a StagedBackbone, "
+                f"got {type(backbone).__name__}"
+            )
+        if not 0 <= shared_stages <= len(backbone.stages):
+            raise ValueError(
+                f"shared_stages: expected 0 to {len(backbone.stages)} for a backbone of "
+                f"{len(backbone.stages)} stages, got {shared_stages}"
+            )
+        self.stages = len(backbone.stages)
+        self.shared_stages = shared_stages
+        self.block_dim = backbone.feature_dim
+        self.train_generalized = train_generalized
+        self.gradient_through_frozen = gradient_through_frozen
+        self.growth: list[list[int]] = []
+        self.width = 0
+        self.outputs: NetworkOutputs | None = None
+
+        self.generalized = nn.ModuleList(backbone.stages[:shared_stages])
+        self.specialized = nn.ModuleList()
+        if self.expands:
+            self.specialized.append(nn.ModuleList(backbone.stages[shared_stages:]))
+        self.classifier = GrowingLinear()
+        self.classifier.grow(new_features=self.block_dim)
+        self.auxiliary = nn.ModuleDict()
+        self.register_buffer("_columns", torch.empty(0, dtype=torch.long), persistent=False)
+
+    @property
+    def expands(self) -> bool:
+        """Whether the network adds blocks, or is a single one."""
+        return self.shared_stages < self.stages
+
+    @property
+    def classes(self) -> list[int]:
+        """The class ids seen so far, in order of appearance."""
+        return [c for new in self.growth for c in new]
+
+    @property
+    def new_classes(self) -> list[int]:
+        """The class ids that the latest growth added."""
+        return self.growth[-1] if self.growth else []
+
+    @property
+    def feature_dim(self) -> int:
+        """The number of features D, all blocks together."""
+        return self.block_dim * max(1, len(self.specialized))
+
+    def inference_modules(self) -> list[nn.Module]:
+        """Return the modules that inference needs: all but the auxiliary head."""
+        return [self.generalized, self.specialized, self.classifier]
+
+    def adaptation(self, experience: Any) -> None:
+        """Grow for an experience's unseen classes; in evaluation mode only widen the logits.
+
+        :param experience: an Avalanche experience.
+        :raises ValueError: if the experience has no data, or class ids below 0.
+        """
+        classes = experience_classes(experience)
+        self.width = max(self.width, classes[-1] + 1)
+        if self.training:
+            new = [c for c in classes if c not in set(self.classes)]
+            if new:
+                self.grow(new)
+
+    @torch.no_grad()
+    def grow(self, new_classes: Sequence[int]) -> None:
+        """Add rows for new classes and, but for the first time, a specialized block.
+
+        :param new_classes: ids of classes not seen before.
+        :raises ValueError: if there is none, or one was seen before.
+        """
+        seen_before = sorted(set(new_classes) & set(self.classes))
+        if not new_classes or seen_before or len(set(new_classes)) < len(new_classes):
+            raise ValueError(
+                "new_classes: expected ids of classes not seen before, each once, "
+                f"got {list(new_classes)} after {self.classes}"
+            )
+        first = not self.growth
+        self.growth.append([int(c) for c in new_classes])
+        self.width = max(self.width, max(new_classes) + 1)
+        expand = self.expands and not first
+        if expand:
+            newest = self.specialized[-1]
+            self.specialized.append(copy.deepcopy(newest))
+            _freeze(newest)
+            device = self._adaptation_device
+            # A name of its own each time: under one name the head would have to shrink when an
+            # experience has fewer classes than the last, which Avalanche's plugins refuse.
+            self.auxiliary.clear()
+            self.auxiliary[str(len(self.specialized) - 1)] = nn.Linear(
+                self.block_dim, len(new_classes) + 1, device=device
+            )
+        if not first and not self.train_generalized:
+            _freeze(self.generalized)
+        self.classifier.grow(self.block_dim if expand else 0, len(new_classes))
+        self._columns = torch.tensor(self.classes, device=self._adaptation_device)
+        # Avalanche calls train() before it adapts the model, so the block frozen here missed it.
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ExpandableNetwork":
+        """Set training mode, but keep frozen blocks in evaluation mode."""
+        super().train(mode)
+        for block in self.specialized[:-1]:
+            block.eval()
+        if len(self.growth) > 1 and not self.train_generalized:
+            self.generalized.eval()
+        return self
+
+    def extract_features(self, x: Tensor) -> Tensor:
+        """Return the features ``[B, D]`` of images ``[B, C, H, W]``."""
+        return self._features(x)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits ``[B, W]`` of images ``[B, C, H, W]``; the rest is in :attr:`outputs`."""
+        features, stage_maps = self._features(x)
+        logits = self._to_columns(self.classifier(features))
+        auxiliary_logits = None
+        if self.training and self.auxiliary:
+            head = self.auxiliary[str(len(self.specialized) - 1)]
+            auxiliary_logits = head(features[:, -self.block_dim :])
+        self.outputs = NetworkOutputs(logits, features, stage_maps, auxiliary_logits)
+        return logits
+
+    def _features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        maps: list[Tensor] = []
+        for stage in self.generalized:
+            x = stage(x)
+            maps.append(x)
+        if not self.expands:
+            return StagedBackbone.pool(x), maps
+        frozen_input = x if self.gradient_through_frozen else x.detach()
+        features = [_run(block, frozen_input)[-1] for block in self.specialized[:-1]]
+        newest = _run(self.specialized[-1], x)
+        features = [StagedBackbone.pool(output) for output in (*features, newest[-1])]
+        return torch.cat(features, dim=1), maps + newest
+
+    def _to_columns(self, logits: Tensor) -> Tensor:
+        columns = logits.new_full((len(logits), self.width), UNSEEN_LOGIT)
+        return columns.index_copy(1, self._columns, logits)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the structure: classes by growth and the width of the logits."""
+        return {"growth": [list(new) for new in self.growth], "width": self.width}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Grow a fresh network to a saved structure, so that ``load_state_dict`` alone restores it.
+
+        :raises ValueError: if this network has grown otherwise.
+        """
+        if self.growth != state["growth"][: len(self.growth)]:
+            raise ValueError(
+                f"state_dict: made by a network that learned {state['growth']}, "
+                f"but this one has learned {self.growth}"
+            )
+        with torch.random.fork_rng(devices=[]):
+            for new_classes in state["growth"][len(self.growth) :]:
+                self.grow(new_classes)
+        self.width = state["width"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Avalanche's plugins deep-copy models; tensors inside an autograd graph can't be copied.
+        return {**self.__dict__, "outputs": None}
+
+
+def _run(stages: nn.Module, x: Tensor) -> list[Tensor]:
+    maps = []
+    for stage in stages.children():
+        x = stage(x)
+        maps.append(x)
+    return maps
+
+
+def _freeze(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        # A left-over gradient would let weight decay and momentum move the parameter.
+        parameter.grad = None
+
+
+def experience_classes(experience: Any) -> list[int]:
+    """Return the class ids of an Avalanche experience of either benchmark API, ascending.
+
+    :raises ValueError: if there is none, or one is below 0.
+    """
+    classes = getattr(experience, "classes_in_this_experience", None)
+    if classes is None:
+        classes = set(experience.dataset.targets)
+    classes = sorted(int(c) for c in classes)
+    if not classes:
+        raise ValueError("experience: expected at least one class, got an experience with no data")
+    if classes[0] < 0:
+        raise ValueError(f"experience: expected class ids of at least 0, got {classes[0]}")
+    return classes

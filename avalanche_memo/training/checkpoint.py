@@ -1,0 +1,175 @@
+"""Checkpoints of tensors and plain data, from which a killed run goes on to the same numbers."""
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Checkpoint", "restore", "restore_progress"]
+
+FORMAT = "avalanche_memo checkpoint 1"
+_COUNTERS = (
+    "train_iterations",
+    "train_exp_counter",
+    "train_exp_epochs",
+    "train_exp_iterations",
+    "total_iterations",
+)
+
+
+class Checkpoint:
+    """A file that holds the last good state of a run, and the one before it.
+
+    Avalanche's own checkpoints pickle the whole strategy after an experience; these hold tensors
+    and plain data (``torch.load(..., weights_only=True)``) and may be taken after any epoch. A
+    file is written beside, flushed to the disk and renamed into place, so that a process killed
+    at any moment leaves a whole one.
+
+    :param path: the file; its predecessor is kept under the same name with ``.previous`` added.
+    :param fingerprint: plain text that tells this run's configuration from another's.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fingerprint: str = "") -> None:
+        self.path = Path(path)
+        self.previous = self.path.with_name(self.path.name + ".previous")
+        self.fingerprint = fingerprint
+        self.extra: dict[str, Any] = {}
+        """Plain data of the caller's that is saved and restored along."""
+
+    def save(self, strategy: Any) -> None:
+        """Write the state of a strategy, within an experience or between two."""
+        content = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "extra": self.extra,
+            "state": _capture(strategy),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(self.path.name + ".part")
+        with unfinished.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if self.path.exists():
+            os.replace(self.path, self.previous)
+        os.replace(unfinished, self.path)
+        _flush_folder(self.path.parent)
+
+    def load(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """Read the newest whole state and :attr:`extra`.
+
+        :return: the state, or ``None`` where there is none, and a message for each file refused.
+        """
+        refused = []
+        for path in (self.path, self.previous):
+            if not path.exists():
+                continue
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+                if not isinstance(content, dict) or content.get("format") != FORMAT:
+                    raise ValueError("it is no checkpoint of avalanche_memo")
+                if content["fingerprint"] != self.fingerprint:
+                    raise ValueError("it belongs to a run of another configuration")
+            except Exception as error:  # A damaged file can fail in any part of the reader.
+                reason = str(error).strip().split("\n")[0]
+                refused.append(f"checkpoint {path}: refused, {reason}")
+                continue
+            self.extra = content["extra"]
+            return content["state"], refused
+        return None, refused
+
+
+def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None:
+    """Put a fresh strategy into a saved state.
+
+    A state taken within an experience takes effect when that experience is trained again: it
+    then goes on with the epoch after the saved one.
+
+    :param strategy: a strategy built from the same configuration.
+    :param state: what :meth:`Checkpoint.load` returned.
+    :param stream: the training stream, which exemplars are positions in.
+    """
+    strategy.model.load_state_dict(state["model"])
+    strategy.model.to(strategy.device)
+    for plugin, saved in zip(_stateful(strategy.plugins), state["plugins"], strict=True):
+        plugin.load_state_dict(saved, stream)
+    _restore_counts(strategy, state)
+    if state["phase"] is not None:
+        strategy.resume_from = state
+    else:
+        _restore_random(state["random"])
+
+
+def restore_progress(strategy: Any, state: dict[str, Any]) -> None:
+    """Finish :func:`restore` where the phase's training begins.
+
+    By now Avalanche has announced the experience anew: counters have been reset, and random
+    numbers drawn.
+    """
+    strategy.phase_epoch = state["phase"]["epoch"]
+    strategy.optimizer.load_state_dict(state["optimizer"])
+    _restore_counts(strategy, state)
+    _restore_random(state["random"])
+
+
+def _capture(strategy: Any) -> dict[str, Any]:
+    phase = None
+    if strategy.phase is not None:
+        phase = {
+            "index": strategy.phase_index,
+            "epoch": strategy.phase_epoch,
+            "seed": strategy.phase_seed,
+        }
+    return {
+        "model": strategy.model.state_dict(),
+        "optimizer": strategy.optimizer.state_dict(),
+        "phase": phase,
+        "clock": {name: getattr(strategy.clock, name) for name in _COUNTERS},
+        "plugins": [plugin.state_dict() for plugin in _stateful(strategy.plugins)],
+        "metrics": [metric.state_dict() for metric in _stateful(strategy.evaluator.metrics)],
+        "random": _random_state(),
+    }
+
+
+def _restore_counts(strategy: Any, state: dict[str, Any]) -> None:
+    for name, value in state["clock"].items():
+        setattr(strategy.clock, name, value)
+    for metric, saved in zip(_stateful(strategy.evaluator.metrics), state["metrics"], strict=True):
+        metric.load_state_dict(saved)
+
+
+def _stateful(objects: Sequence[Any]) -> list[Any]:
+    return [o for o in objects if hasattr(o, "state_dict") and hasattr(o, "load_state_dict")]
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, numbers, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.array(keys)), position, has_gauss, gauss],
+        "python": [version, list(numbers), next_gauss],
+    }
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    version, numbers, next_gauss = state["python"]
+    random.setstate((version, tuple(numbers), next_gauss))
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,47 @@
+"""The auxiliary loss of DER, section 3.2, which makes a new block's features tell the new classes
+from the old ones and from each other."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_memo.training.losses import auxiliary_targets
+from avalanche_memo.training.plugins.checks import check_network
+
+__all__ = ["AuxiliaryLossPlugin"]
+
+
+class AuxiliaryLossPlugin(SupervisedPlugin):
+    """Add the auxiliary classifier's cross-entropy, from the second experience on.
+
+    ``L = L_main + weight * L_aux`` (DER, MEMO), or with ``convex`` the mix
+    ``L = (1 - weight) * L_main + weight * L_aux``.
+
+    :param weight: the auxiliary loss's weight; 0 to 1 for the mix.
+    :param convex: whether to mix instead of to add.
+    :raises ValueError: if the weight is outside its range.
+    :raises TypeError: before training, if the model is no expanding ``ExpandableNetwork``.
+    """
+
+    def __init__(self, weight: float = 1.0, *, convex: bool = False) -> None:
+        super().__init__()
+        if weight < 0 or (convex and weight > 1):
+            expected = "0 to 1 for the convex mix" if convex else "a number of at least 0"
+            raise ValueError(f"weight: expected {expected}, got {weight}")
+        self.weight = weight
+        self.convex = convex
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model."""
+        check_network(strategy.model, "AuxiliaryLossPlugin", shares="not all")
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the loss to ``strategy.loss``."""
+        network = strategy.model
+        logits = network.outputs.auxiliary_logits
+        if logits is None:
+            return
+        loss = F.cross_entropy(logits, auxiliary_targets(strategy.mb_y, network.new_classes))
+        main_weight = 1 - self.weight if self.convex else 1
+        strategy.loss = main_weight * strategy.loss + self.weight * loss

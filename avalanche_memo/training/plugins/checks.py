@@ -1,0 +1,38 @@
+"""The check of the model that strategies and plugins share."""
+
+from typing import Any, Literal
+
+from avalanche_memo.models.expandable import ExpandableNetwork
+
+__all__ = ["check_network"]
+
+
+def check_network(
+    model: Any, user: str, *, shares: Literal["none", "some", "all", "not all"] | None = None
+) -> ExpandableNetwork:
+    """Return the model if it is the expandable network that ``user`` needs.
+
+    :param model: what was given.
+    :param user: the strategy or plugin that needs it, for the message.
+    :param shares: how many of its stages it must share; ``None`` for any number.
+    :raises TypeError: if it is no ``ExpandableNetwork``.
+    :raises ValueError: if it shares another number of stages.
+    """
+    if not isinstance(model, ExpandableNetwork):
+        raise TypeError(
+            f"model: {user} expected an avalanche_memo.models.ExpandableNetwork, "
+            f"got {type(model).__name__}"
+        )
+    accepted = {
+        "none": range(1),
+        "some": range(1, model.stages),
+        "all": range(model.stages, model.stages + 1),
+        "not all": range(model.stages),
+        None: range(model.stages + 1),
+    }[shares]
+    if model.shared_stages not in accepted:
+        raise ValueError(
+            f"model: {user} expected a network with shared_stages "
+            f"{' or '.join(map(str, accepted))} of {model.stages}, got {model.shared_stages}"
+        )
+    return model

@@ -1,0 +1,94 @@
+"""Replay of herded exemplars by plain concatenation, as the class-incremental papers do it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from avalanche_memo.models.expandable import experience_classes
+from avalanche_memo.training.storage_policy import HerdingBuffer, dataset_features
+
+__all__ = ["HerdingReplayPlugin"]
+
+
+class HerdingReplayPlugin(SupervisedPlugin):
+    """Train on new data and exemplars together, shuffled; herd exemplars after each experience.
+
+    Avalanche's ``ReplayPlugin`` fills half of each batch from the memory; here, as in iCaRL and all
+    that followed, every sample of both is seen once an epoch. The exemplars' means serve the
+    readout by nearest mean of exemplars (NME).
+
+    :param mem_size: exemplars in all.
+    :param exemplars_per_class: a fixed number per class instead.
+    :param rerank: whether older classes are herded again with the present features.
+    :raises ValueError: if a number is below 1; before training, if the memory holds less than one
+        exemplar for each class of the stream.
+    """
+
+    def __init__(
+        self, mem_size: int = 2000, *, exemplars_per_class: int | None = None, rerank: bool = False
+    ) -> None:
+        super().__init__()
+        self.buffer = HerdingBuffer(
+            mem_size, exemplars_per_class=exemplars_per_class, rerank=rerank
+        )
+        self._means: tuple[list[int], Tensor] | None = None
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the memory against all classes of the stream, before anything is trained."""
+        stream = getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
+        self.buffer.quota(len({c for e in stream for c in experience_classes(e)}))
+
+    def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the exemplars to the experience's data."""
+        if self.buffer.order:
+            strategy.adapted_dataset = strategy.adapted_dataset.concat(self.buffer.buffer.train())
+
+    def before_training_exp(self, strategy: Any, num_workers: int = 0, **kwargs: Any) -> None:
+        """Shuffle plainly: Avalanche's default loader fixes each task label's share of a batch."""
+        dataset = strategy.adapted_dataset
+        strategy.dataloader = DataLoader(
+            dataset,
+            batch_size=strategy.train_mb_size,
+            shuffle=True,
+            collate_fn=dataset.collate_fn,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=strategy.device.type == "cuda",
+        )
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """Forget the means: the features are about to change."""
+        self._means = None
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Choose the exemplars of the classes just learned."""
+        self.buffer.post_adapt(strategy, strategy.experience)
+        self._means = None
+
+    def class_means(self, strategy: Any) -> tuple[list[int], Tensor] | None:
+        """Return class ids and the L2-normalised means ``[C, D]`` of their exemplars' features.
+
+        iCaRL, algorithm 1, with the exemplars' features normalised first. ``None`` before there are
+        exemplars. Computed with the present model when first asked for after a change.
+        """
+        if self._means is None and self.buffer.order:
+            exemplars = self.buffer.buffer
+            features = dataset_features(strategy.model, exemplars, strategy.device)
+            targets = torch.as_tensor(list(exemplars.targets), device=features.device)
+            classes = list(self.buffer.order)
+            means = torch.stack([features[targets == c].mean(dim=0) for c in classes])
+            self._means = classes, F.normalize(means, dim=1)
+        return self._means
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the exemplars' positions."""
+        return self.buffer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
+        """Take back saved positions; ``stream`` is the training stream they point into."""
+        self.buffer.load_state_dict(state, stream)
+        self._means = None

@@ -1,0 +1,60 @@
+"""Weight aligning: Zhao et al., "Maintaining Discrimination and Fairness in Class Incremental
+Learning", CVPR 2020, equations 5 to 7."""
+
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_memo.models.heads import GrowingLinear
+from avalanche_memo.training.plugins.checks import check_network
+
+__all__ = ["WeightAlignmentPlugin", "align_weights"]
+
+
+@torch.no_grad()
+def align_weights(classifier: GrowingLinear, n_new: int) -> float:
+    """Scale the new classes' weights so that their mean norm is the old classes'.
+
+    :param classifier: weight ``[C, D]`` whose last ``n_new`` rows are the new classes; biases are
+        left alone.
+    :param n_new: number of new classes; nothing happens where there is no old one.
+    :return: the factor ``gamma = mean old norm / mean new norm``.
+    """
+    norms = classifier.weight.norm(dim=1)
+    n_old = len(norms) - n_new
+    if n_old < 1 or n_new < 1:
+        return 1.0
+    gamma = norms[:n_old].mean() / norms[n_old:].mean()
+    classifier.scale_rows(torch.arange(n_old, len(norms), device=norms.device), gamma)
+    return float(gamma)
+
+
+class WeightAlignmentPlugin(SupervisedPlugin):
+    """Align the classifier's weights after each experience that brought new classes.
+
+    :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._aligned = 0
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model."""
+        check_network(strategy.model, "WeightAlignmentPlugin")
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Align, once per growth."""
+        network = strategy.model
+        if len(network.growth) > self._aligned:
+            self._aligned = len(network.growth)
+            align_weights(network.classifier, len(network.new_classes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many growths have been aligned."""
+        return {"aligned": self._aligned}
+
+    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._aligned = state["aligned"]

@@ -1,0 +1,209 @@
+"""The exemplar memory: herding (Welling, ICML 2009) as iCaRL uses it (Rebuffi et al., CVPR 2017)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from avalanche.benchmarks.utils import concat_datasets
+from avalanche.training.storage_policy import ExemplarsBuffer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from avalanche_memo.budget import image_bytes
+from avalanche_memo.training.loading import resident_loader
+
+__all__ = ["HerdingBuffer", "dataset_features", "herding_order"]
+
+
+def herding_order(features: Tensor, m: int) -> Tensor:
+    """Choose samples so that the mean of the first k is, for each k, as near the mean as can be.
+
+    iCaRL, algorithm 4: ``p_k = argmin_x || mu - (phi(x) + sum_{j<k} phi(p_j)) / k ||`` over the
+    samples not chosen yet. Multiplied by k and expanded, the squared distance differs from
+    ``||f||^2 + 2 f.s - 2 k f.mu`` by a term common to all x; ``f.s`` is kept up to date by one
+    matrix-vector product a step, so m choices cost ``O(m n D)`` and need no ``n x n`` matrix.
+
+    :param features: ``[n, D]``; iCaRL normalises them first, this function does not.
+    :param m: how many to choose; a larger number than n chooses each once.
+    :return: ``[min(m, n)]`` row numbers, best first.
+    :raises ValueError: if m is negative or the features are not a matrix.
+    """
+    if features.ndim != 2:
+        raise ValueError(f"features: expected a matrix [n, D], got shape {tuple(features.shape)}")
+    if m < 0:
+        raise ValueError(f"m: expected a number of at least 0, got {m}")
+    features = features.double()
+    squares = features.square().sum(dim=1)
+    to_mean = features @ features.mean(dim=0) if len(features) else squares
+    to_sum = torch.zeros_like(squares)
+    order = torch.empty(min(m, len(features)), dtype=torch.long, device=features.device)
+    for k in range(1, len(order) + 1):
+        best = torch.argmin(squares + 2 * to_sum - 2 * k * to_mean)
+        order[k - 1] = best
+        to_sum += features @ features[best]
+        squares[best] = torch.inf
+    return order
+
+
+@torch.no_grad()
+def dataset_features(
+    model: Any, dataset: Any, device: torch.device | str, batch_size: int = 512
+) -> Tensor:
+    """Return the L2-normalised features ``[n, D]`` of a data set, in its order.
+
+    The model runs in evaluation mode, on the data set's evaluation transforms, and is left in the
+    mode in which it came.
+
+    :param model: a module with ``extract_features``.
+    :param dataset: an Avalanche data set of n samples.
+    :param device: where to compute.
+    :param batch_size: images at a time.
+    :raises TypeError: if the model can't extract features.
+    """
+    if not hasattr(model, "extract_features"):
+        raise TypeError(
+            "model: expected a module with extract_features(images), such as an "
+            f"ExpandableNetwork, got {type(model).__name__}"
+        )
+    was_training = model.training
+    model.eval()
+    features = [
+        F.normalize(model.extract_features(batch[0].to(device)).float(), dim=1)
+        for batch in _evaluation_batches(dataset.eval(), batch_size, device)
+    ]
+    model.train(was_training)
+    return torch.cat(features)
+
+
+class HerdingBuffer(ExemplarsBuffer):
+    """Exemplars of all classes seen, herded on L2-normalised features in evaluation mode.
+
+    Each class holds ``floor(max_size / classes seen)`` exemplars, or a fixed number; a class with
+    fewer samples holds each once. Older classes keep the front of their own order. A class that
+    comes again is herded anew from its exemplars and its new samples together. Exemplars are
+    kept as positions in the experiences' data sets, so nothing is copied and any transform,
+    relabelling and task label stays as it was.
+
+    :param max_size: exemplars in all.
+    :param exemplars_per_class: a fixed number per class instead.
+    :param rerank: whether older classes are ranked again with the present features.
+    :raises ValueError: if a number is below 1.
+    """
+
+    def __init__(
+        self, max_size: int = 2000, *, exemplars_per_class: int | None = None, rerank: bool = False
+    ) -> None:
+        _at_least_one("max_size", max_size)
+        if exemplars_per_class is not None:
+            _at_least_one("exemplars_per_class", exemplars_per_class)
+        super().__init__(max_size)
+        self.exemplars_per_class = exemplars_per_class
+        self.rerank = rerank
+        self.order: dict[int, Tensor] = {}
+        """Per class, ``[m, 2]``: number of the source and position in its data set, best first."""
+        self._sources: list[tuple[int, Any]] = []
+
+    @property
+    def exemplar_bytes(self) -> int:
+        """Bytes of the exemplars as uint8 pixels, at the size the network sees."""
+        return (
+            len(self.buffer) * image_bytes(tuple(self.buffer.eval()[0][0].shape))
+            if self.order
+            else 0
+        )
+
+    def quota(self, n_classes: int) -> int:
+        """Return the exemplars a class holds when ``n_classes`` have been seen.
+
+        :raises ValueError: if the memory is smaller than the number of classes.
+        """
+        if self.exemplars_per_class is not None:
+            return self.exemplars_per_class
+        if self.max_size < n_classes:
+            raise ValueError(
+                f"mem_size: expected at least one exemplar for each of {n_classes} classes, "
+                f"got {self.max_size}"
+            )
+        return int(self.max_size // n_classes)
+
+    def post_adapt(self, agent_state: Any, exp: Any) -> None:
+        """Choose exemplars of an experience's classes and shorten the others'.
+
+        :param agent_state: the strategy, with ``model`` and ``device``.
+        :param exp: the experience just learned.
+        """
+        targets = torch.as_tensor(list(exp.dataset.targets))
+        source = self._source_of(exp, targets)
+        present = [int(c) for c in torch.unique(targets)]
+        quota = self.quota(len(set(self.order) | set(present)))
+        candidates = dict(self.order) if self.rerank else {}
+        for c in present:
+            positions = torch.nonzero(targets == c).flatten()
+            fresh = torch.stack([torch.full_like(positions, source), positions], dim=1)
+            old = self.order.get(c, fresh[:0])
+            candidates[c] = torch.cat([old[old[:, 0] != source], fresh])
+        self.order = {c: order[:quota] for c, order in self.order.items()}
+        for c, rows in candidates.items():
+            rows = rows[torch.argsort(rows[:, 0], stable=True)]
+            features = dataset_features(agent_state.model, self._dataset(rows), agent_state.device)
+            self.order[c] = rows[herding_order(features, quota).cpu()]
+        self._rebuild()
+
+    def resize(self, strategy: Any, new_size: int) -> None:
+        """Change the number of exemplars in all.
+
+        :param strategy: not used; orders are kept.
+        :param new_size: exemplars in all.
+        :raises ValueError: if it is smaller than the number of classes held.
+        """
+        self.max_size = new_size
+        if self.order:
+            quota = self.quota(len(self.order))
+            self.order = {c: order[:quota] for c, order in self.order.items()}
+            self._rebuild()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the exemplars' positions: tensors and plain data."""
+        return {"order": dict(self.order), "experiences": [e for e, _ in self._sources]}
+
+    def load_state_dict(self, state: dict[str, Any], stream: Sequence[Any]) -> None:
+        """Take back saved positions.
+
+        :param state: what :meth:`state_dict` returned.
+        :param stream: the training stream that the positions point into.
+        """
+        datasets = {e.current_experience: e.dataset for e in stream}
+        self._sources = [(e, datasets[e]) for e in state["experiences"]]
+        self.order = dict(state["order"])
+        self._rebuild()
+
+    def _source_of(self, exp: Any, targets: Tensor) -> int:
+        number = int(exp.current_experience)
+        for source, (known, dataset) in enumerate(self._sources):
+            if known == number and torch.equal(targets, torch.as_tensor(list(dataset.targets))):
+                return source
+        self._sources.append((number, exp.dataset))
+        return len(self._sources) - 1
+
+    def _rebuild(self) -> None:
+        if self.order:
+            self.buffer = self._dataset(torch.cat(list(self.order.values())))
+
+    def _dataset(self, rows: Tensor) -> Any:
+        """Return the samples at ``rows``, source by source and otherwise in their order."""
+        parts = [
+            self._sources[int(source)][1].subset(rows[rows[:, 0] == source, 1].tolist())
+            for source in torch.unique(rows[:, 0])
+        ]
+        return parts[0] if len(parts) == 1 else concat_datasets(parts)
+
+
+def _evaluation_batches(dataset: Any, batch_size: int, device: torch.device | str) -> Any:
+    loader = resident_loader(dataset, batch_size, shuffle=False, device=device)
+    return loader or DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn)
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: expected a number of at least 1, got {value}")

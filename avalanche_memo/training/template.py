@@ -1,0 +1,292 @@
+"""The template that all strategies share: Avalanche's loop, run in phases."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+from torch.nn import CrossEntropyLoss
+from torch.optim import Optimizer
+
+from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
+from avalanche_memo.training.loading import ResidentBatches
+
+__all__ = ["IncrementalTemplate", "Phase"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an experience's training: what learns, on what, for how long, at which rate.
+
+    The optimizer's state and learning rate start afresh at each phase.
+
+    :param epochs: passes over the phase's data.
+    :param lr: learning rate; ``None`` keeps the optimizer's own.
+    :param weight_decay: likewise.
+    :param milestones: after how many epochs of the phase the rate is multiplied by ``gamma``.
+    :param gamma: the factor at a milestone.
+    :param cosine: cosine annealing to 0 over the phase instead of milestones.
+    :param warmup_epochs: epochs over which the rate first rises linearly to its full value.
+    :param learns: ``"all"``, or ``"classifier"`` alone, the rest in evaluation mode.
+    :param data: ``"all"``, or a random ``"balanced"`` subset in which each class has as many
+        samples as the rarest.
+    :param temperature: what the logits are divided by in the loss.
+    :param reset_classifier: whether the classifier starts afresh.
+    :raises ValueError: if a value is outside its range.
+    """
+
+    epochs: int
+    lr: float | None = None
+    weight_decay: float | None = None
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    cosine: bool = False
+    warmup_epochs: int = 0
+    learns: Literal["all", "classifier"] = "all"
+    data: Literal["all", "balanced"] = "all"
+    temperature: float = 1.0
+    reset_classifier: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.epochs >= 1, "epochs", "a number of at least 1", self.epochs)
+        _check(self.lr is None or self.lr > 0, "lr", "a positive rate or None", self.lr)
+        _check(
+            self.weight_decay is None or self.weight_decay >= 0,
+            "weight_decay",
+            "a number of at least 0 or None",
+            self.weight_decay,
+        )
+        _check(
+            list(self.milestones) == sorted({m for m in self.milestones if m > 0}),
+            "milestones",
+            "rising epoch numbers above 0",
+            self.milestones,
+        )
+        _check(
+            not (self.cosine and self.milestones),
+            "milestones",
+            "none beside cosine",
+            self.milestones,
+        )
+        _check(
+            self.warmup_epochs >= 0, "warmup_epochs", "a number of at least 0", self.warmup_epochs
+        )
+        _check(self.learns in ("all", "classifier"), "learns", "'all' or 'classifier'", self.learns)
+        _check(self.data in ("all", "balanced"), "data", "'all' or 'balanced'", self.data)
+        _check(self.temperature > 0, "temperature", "a positive number", self.temperature)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the rate changes from epoch to epoch."""
+        return bool(self.milestones) or self.cosine or self.warmup_epochs > 0
+
+    def rate(self, epoch: int, base: float) -> float:
+        """Return the learning rate of an epoch, counted from 0 within the phase.
+
+        :param epoch: the epoch.
+        :param base: the rate to start from.
+        """
+        if epoch < self.warmup_epochs:
+            return base * (epoch + 1) / self.warmup_epochs
+        if self.cosine:
+            return base * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        return base * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+class IncrementalTemplate(SupervisedTemplate):
+    """An Avalanche strategy that trains each experience in phases and can be resumed at any epoch.
+
+    :param model: the network.
+    :param optimizer: an optimizer with one parameter group; its class and settings serve each
+        phase, which may set its own rate and weight decay.
+    :param criterion: the main loss.
+    :param method_plugins: the plugins that make the method; they run before the user's.
+    :param first_phases: phases of the first experience; one of ``train_epochs`` by default.
+    :param later_phases: phases of the later ones; likewise.
+    :param fast: whether batches come from a tensor in memory where the data allow it.
+    :param checkpoint: where to save after each epoch, or ``None``.
+    :raises ValueError: for an optimizer with several groups, and before training for an
+        experience with no data.
+    :raises FloatingPointError: if a loss is not finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        criterion: Any = CrossEntropyLoss(),  # noqa: B008 (Avalanche's signature)
+        method_plugins: Sequence[Any] = (),
+        first_phases: Sequence[Phase] | None = None,
+        later_phases: Sequence[Phase] | None = None,
+        train_mb_size: int = 1,
+        train_epochs: int = 1,
+        eval_mb_size: int | None = None,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[Any] | None = None,
+        evaluator: Any = default_evaluator,
+        eval_every: int = -1,
+        fast: bool = True,
+        checkpoint: Checkpoint | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        if len(optimizer.param_groups) != 1:
+            raise ValueError(
+                f"optimizer: expected one parameter group, got {len(optimizer.param_groups)}"
+            )
+        self._loading = [ResidentBatches()] if fast else []
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=criterion,
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=[*method_plugins, *(plugins or []), *self._loading],
+            evaluator=evaluator,
+            eval_every=eval_every,
+            **base_kwargs,
+        )
+        whole = (Phase(train_epochs),)
+        self.first_phases = tuple(first_phases or whole)
+        self.later_phases = tuple(later_phases or whole)
+        self.checkpoint = checkpoint
+        self.phase: Phase | None = None
+        self.phase_index = 0
+        self.phase_epoch = 0
+        """Epochs of the present phase that are done."""
+        self.phase_seed = 0
+        self.resume_from: dict[str, Any] | None = None
+        self._settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        self._bad_step = torch.tensor(-1)
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """Start the optimizer afresh on all parameters that learn."""
+        self._start_optimizer(list(self.model.parameters()))
+        self.optimized_param_id: dict[str, Any] = {}
+
+    def criterion(self) -> Any:
+        """Return the main loss, at the phase's temperature while training."""
+        if self.is_training and self.phase is not None and self.phase.temperature != 1:
+            return self._criterion(self.mb_output / self.phase.temperature, self.mb_y)
+        return super().criterion()
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        if len(self.experience.dataset) == 0:
+            number = self.experience.current_experience
+            raise ValueError(f"experience: expected data to train on, experience {number} has none")
+        # PeriodicEval reads the number of epochs here to decide whether to evaluate at the end.
+        self.train_epochs = sum(phase.epochs for phase in self._phases)
+        super()._before_training_exp(**kwargs)
+
+    @property
+    def _phases(self) -> tuple[Phase, ...]:
+        return self.later_phases if self.clock.train_exp_counter else self.first_phases
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        resume, self.resume_from = self.resume_from, None
+        all_data: Any = self.adapted_dataset
+        all_loader: Any = self.dataloader
+        for index, phase in enumerate(self._phases):
+            if resume and index < resume["phase"]["index"]:
+                continue
+            self.phase_index, self.phase = index, phase
+            learning = [p for p in self.model.parameters() if p.requires_grad]
+            self._enter_phase(phase, resume, **kwargs)
+            resume = None
+            self.train_epochs = phase.epochs - self.phase_epoch
+            # An early stop ends a phase, not the phases after it.
+            self._stop_training = False
+            super()._train_exp(experience, eval_streams, **kwargs)
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            for parameter in learning:
+                parameter.requires_grad_(True)
+            self.adapted_dataset, self.dataloader = all_data, all_loader
+        self.phase = None
+        self.model.train()
+
+    def _enter_phase(self, phase: Phase, resume: dict[str, Any] | None, **kwargs: Any) -> None:
+        self.phase_epoch = 0
+        if phase.reset_classifier and not resume:
+            self.model.classifier.reset_parameters()
+        if phase.learns == "classifier":
+            self.model.requires_grad_(False)
+            self.model.classifier.requires_grad_(True)
+        if phase.data == "balanced":
+            # A seed of its own, saved along, so that a resumed phase draws the same subset.
+            self.phase_seed = resume["phase"]["seed"] if resume else int(torch.randint(2**62, ()))
+            self.adapted_dataset = _balanced_subset(self.adapted_dataset, self.phase_seed)
+            self.make_train_dataloader(**kwargs)
+            for plugin in self._loading:
+                plugin.before_training_exp(self, **kwargs)
+        self._start_optimizer(list(self.model.parameters()), phase.lr, phase.weight_decay)
+        if resume:
+            restore_progress(self, resume)
+
+    def _before_training_epoch(self, **kwargs: Any) -> None:
+        phase = self.phase
+        assert phase is not None
+        self.model.train()
+        if phase.learns == "classifier":
+            self.model.eval()
+            self.model.classifier.train()
+        if phase.scheduled:
+            base = self._settings["lr"] if phase.lr is None else phase.lr
+            self.optimizer.param_groups[0]["lr"] = phase.rate(self.phase_epoch, base)
+        self._bad_step = torch.tensor(-1, device=self.device)
+        super()._before_training_epoch(**kwargs)
+
+    def _after_training_iteration(self, **kwargs: Any) -> None:
+        # Kept on the device: reading the loss at every step would make the host wait for it.
+        step = self.clock.train_epoch_iterations
+        bad = ~torch.isfinite(self.loss.detach()).all() & (self._bad_step < 0)
+        self._bad_step = torch.where(bad, step, self._bad_step)
+        super()._after_training_iteration(**kwargs)
+
+    def _after_training_epoch(self, **kwargs: Any) -> None:
+        if self._bad_step >= 0:
+            raise FloatingPointError(
+                f"loss: not finite in experience {self.experience.current_experience}, "
+                f"epoch {self.clock.train_exp_epochs}, step {int(self._bad_step)}; "
+                "a lower learning rate may help"
+            )
+        super()._after_training_epoch(**kwargs)
+        self.phase_epoch += 1
+        if self.checkpoint is not None:
+            self.checkpoint.save(self)
+
+    def _start_optimizer(
+        self, parameters: list[Tensor], lr: float | None = None, weight_decay: float | None = None
+    ) -> None:
+        """Empty the user's optimizer and give it the parameters that learn.
+
+        The object stays the same, so that a scheduler of the user's goes on steering it.
+        """
+        own = {"lr": lr, "weight_decay": weight_decay}
+        settings = self._settings | {k: v for k, v in own.items() if v is not None}
+        self.optimizer.state.clear()
+        self.optimizer.param_groups.clear()
+        self.optimizer.add_param_group(
+            {"params": [p for p in parameters if p.requires_grad], **settings}
+        )
+
+
+def _balanced_subset(dataset: Any, seed: int) -> Any:
+    """Return a random subset with as many samples of each class as the rarest has."""
+    targets = torch.as_tensor(list(dataset.targets))
+    classes, counts = torch.unique(targets, return_counts=True)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(targets), generator=generator)
+    chosen = [shuffled[targets[shuffled] == c][: int(counts.min())] for c in classes]
+    return dataset.subset(torch.cat(chosen).tolist())
+
+
+def _check(good: bool, name: str, expected: str, got: Any) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
