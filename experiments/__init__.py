@@ -1,0 +1,1 @@
+"""Runs of published protocols: configuration in, tables and figures out."""

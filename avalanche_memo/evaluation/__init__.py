@@ -12,10 +12,13 @@ from avalanche_memo.evaluation.metrics import (
     class_incremental_metrics,
     memory_metrics,
 )
+from avalanche_memo.evaluation.training import ResumableForgetting, TrainingAverages
 
 __all__ = [
     "ClassIncrementalAccuracy",
     "MemoryUsage",
+    "ResumableForgetting",
+    "TrainingAverages",
     "area_under_budget",
     "average_incremental_accuracy",
     "class_incremental_metrics",

@@ -1,4 +1,4 @@
-"""A convolutional network as an ordered list of stages, the unit that expandable networks share or grow."""
+"""A convolutional network as an ordered list of stages, which expandable networks share or grow."""
 
 from collections.abc import Sequence
 

@@ -29,7 +29,6 @@ from avalanche.benchmarks.utils.data_loader import (
     SingleDatasetDataLoader,
     TaskBalancedDataLoader,
 )
-from avalanche.benchmarks.utils.ffcv_support import has_ffcv_support
 from avalanche.benchmarks.utils.flat_data import FlatData
 from avalanche.benchmarks.utils.transforms import MultiParamCompose, TupleTransform
 from avalanche.training.plugins import SupervisedPlugin
@@ -215,7 +214,7 @@ class RandomResizedCrop(BatchedOp):
             area = height * width * torch.empty(m).uniform_(*self.scale)
             ratio = torch.empty(m).uniform_(low, high).exp()
             ws, hs = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-            fits = (0 < ws) & (ws <= width) & (0 < hs) & (hs <= height)
+            fits = (ws > 0) & (ws <= width) & (hs > 0) & (hs <= height)
             tops = (torch.rand(m) * (height - hs + 1)).floor()
             lefts = (torch.rand(m) * (width - ws + 1)).floor()
             drawn = torch.stack([tops, lefts, hs, ws], dim=1).long()
@@ -296,9 +295,9 @@ class Recipe:
     def store_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the size of a resident image, padded if the first transform is a crop."""
         first = self.ops[0]
-        return (
-            first.padded_size(height, width) if isinstance(first, RandomCrop) else (height, width)
-        )
+        if isinstance(first, RandomCrop):
+            return first.padded_size(height, width)
+        return height, width
 
     def draw(self, n: int, height: int, width: int) -> list[Tensor | None]:
         """Draw the parameters of `n` images, one entry per transform."""
@@ -367,7 +366,7 @@ def _parse(chain: Sequence[Any]) -> Recipe:
         elif kind is T.RandomHorizontalFlip:
             ops.append(HorizontalFlip(float(transform.p)))
         elif kind is T.ColorJitter:
-            ops.extend(_parse_jitter(transform))
+            ops.append(_parse_jitter(transform))
         elif kind is T.RandomResizedCrop:
             if transform.interpolation is not T.InterpolationMode.BILINEAR:
                 raise _UnsupportedError(f"RandomResizedCrop with {transform.interpolation}")
@@ -384,10 +383,9 @@ def _parse(chain: Sequence[Any]) -> Recipe:
 
 def _compose(first: Normalize, second: Any) -> Normalize:
     """Return one normalisation that equals `first` and then the torchvision `second`."""
-    mean, std = (np.atleast_1d(np.asarray(v, np.float64)) for v in (second.mean, second.std))
-    std = first.std * std
-    mean = np.broadcast_to(first.mean + np.asarray(first.std) * mean, std.shape)
-    return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
+    means = np.asarray(first.mean) + np.asarray(first.std) * np.atleast_1d(second.mean)
+    stds = np.asarray(first.std) * np.atleast_1d(second.std)
+    return Normalize(tuple(means.tolist()), tuple(stds.tolist()))
 
 
 def _parse_crop(crop: Any) -> RandomCrop:
@@ -403,12 +401,11 @@ def _parse_crop(crop: Any) -> RandomCrop:
     return RandomCrop((height, width), (left, top, right, bottom), crop.fill)
 
 
-def _parse_jitter(jitter: Any) -> list[Brightness]:
-    """Translate torchvision's ColorJitter; an empty jitter still draws, but changes nothing."""
-    if jitter.contrast or jitter.saturation or jitter.hue:
-        raise _UnsupportedError("ColorJitter of more than brightness")
-    low, high = jitter.brightness or (1.0, 1.0)
-    return [Brightness(low, high)]
+def _parse_jitter(jitter: Any) -> Brightness:
+    """Translate torchvision's ColorJitter."""
+    if jitter.contrast or jitter.saturation or jitter.hue or not jitter.brightness:
+        raise _UnsupportedError("ColorJitter of anything but brightness")
+    return Brightness(*jitter.brightness)
 
 
 def _flatten(transform: Any) -> list[Any]:
@@ -502,11 +499,15 @@ def _attribute(attribute: Any) -> Tensor:
 
 
 def _array(leaf: Any) -> Any | None:
-    """Return the uint8 images ``[N, H, W(, C)]`` that a leaf holds in memory, if it does."""
+    """Return the uint8 images ``[N, H, W]`` or ``[N, H, W, 3]`` that a leaf holds, if it does."""
     data = getattr(leaf, "data", None)
-    if isinstance(data, (np.ndarray, Tensor)) and data.ndim in (3, 4) and len(data) == len(leaf):
-        return data if data.dtype in (np.uint8, torch.uint8) else None
-    return None
+    known = (
+        isinstance(data, (np.ndarray, Tensor))
+        and data.dtype in (np.uint8, torch.uint8)
+        and (data.ndim == 3 or (data.ndim == 4 and data.shape[3] == 3))
+        and len(data) == len(leaf)
+    )
+    return data if known else None
 
 
 def _channels_first(images: Tensor) -> Tensor:
@@ -517,13 +518,20 @@ def _channels_first(images: Tensor) -> Tensor:
 
 
 def _own_transforms(leaf: Any) -> list[Any]:
-    """Return the transforms that a leaf such as a torchvision data set applies itself."""
+    """Return the transforms that a leaf such as a torchvision data set applies itself.
+
+    :raises _UnsupportedError: if it has any and its raw images cannot be reached.
+    """
     own = getattr(leaf, "transforms", None)
     if own is None:
         own = TupleTransform(
             [getattr(leaf, "transform", None), getattr(leaf, "target_transform", None)]
         )
     steps = _flatten(own)
+    if steps and _array(leaf) is None:
+        raise _UnsupportedError(f"{type(leaf).__name__} transforms its images itself")
+    if hasattr(leaf, "ffcv_info"):
+        raise _UnsupportedError("FFCV loads this data set")
     # Avalanche's MNIST turns its bytes into a float tensor before any transform.
     return [T.ToTensor(), *steps] if isinstance(leaf, TensorMNIST) else steps
 
@@ -812,26 +820,21 @@ def _plain(loader: Any) -> tuple[Any, int, bool]:
         if len(loader.datasets) != 1 or loader.never_ending or loader.distributed_sampling:
             raise _UnsupportedError(f"{name} composes its batches itself")
         dataset, options = loader.datasets[0], loader.loader_kwargs
-        if has_ffcv_support(loader.datasets):
-            raise _UnsupportedError("FFCV loads this data set")
         if options.get("drop_last") or options.get("sampler") or options.get("batch_sampler"):
             raise _UnsupportedError(f"{name} samples in its own way")
         collate = options["collate_fn"]
         plain = dataset, loader.batch_sizes[0], bool(options.get("shuffle", False))
     elif type(loader) is DataLoader:
-        sampler = loader.sampler
-        kinds = type(sampler), type(loader.batch_sampler)
-        repeats = isinstance(sampler, RandomSampler) and (
-            sampler.replacement or sampler.num_samples != len(loader.dataset)
+        sampler: Any = loader.sampler
+        once = type(sampler) is SequentialSampler or (
+            type(sampler) is RandomSampler
+            and not sampler.replacement
+            and sampler.num_samples == len(sampler.data_source)
         )
-        if (
-            kinds not in ((RandomSampler, BatchSampler), (SequentialSampler, BatchSampler))
-            or repeats
-            or loader.drop_last
-        ):
+        if not once or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
             raise _UnsupportedError("the DataLoader samples in its own way")
         collate = loader.collate_fn
-        plain = loader.dataset, loader.batch_size, isinstance(sampler, RandomSampler)
+        plain = loader.dataset, loader.batch_size, type(sampler) is RandomSampler
     else:
         raise _UnsupportedError(f"{name} composes its batches itself")
     if collate is not default_collate:
@@ -861,7 +864,7 @@ def _keep_workers(loader: Any) -> Any:
     return loader
 
 
-class ResidentBatches(SupervisedPlugin, supports_distributed=False):
+class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
     """Replaces the loaders of any strategy by :class:`ResidentLoader` wherever that is certain.
 
     It recognises RandomCrop, RandomHorizontalFlip, ColorJitter (brightness), RandomResizedCrop,
@@ -928,12 +931,13 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):
                 num_workers=num_workers,
             )
         except _UnsupportedError as reason:
-            strategy.dataloader = _keep_workers(strategy.dataloader)
+            if what == "training":  # an evaluation is one pass: there is nothing to keep
+                strategy.dataloader = _keep_workers(strategy.dataloader)
             self._log(logging.WARNING, what, "the strategy's own loader", str(reason))
         else:
-            where = f"a resident tensor on {strategy.device}"
-            mebibytes = loader.images.nbytes / 2**20
-            self._log(logging.INFO, what, where, f"now {mebibytes:.1f} MiB, all recognised")
+            sizes = f"{loader.images.nbytes / 2**20:.1f} of at most {self.byte_limit / 2**20:.0f}"
+            path = f"a resident tensor on {strategy.device}"
+            self._log(logging.INFO, what, path, f"transforms recognised, {sizes} MiB")
 
     def _log(self, level: int, what: str, path: str, reason: str) -> None:
         """Log one line if the path, or the reason for falling back, has changed."""

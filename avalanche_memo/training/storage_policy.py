@@ -1,4 +1,4 @@
-"""The exemplar memory: herding (Welling, ICML 2009) as iCaRL uses it (Rebuffi et al., CVPR 2017)."""
+"""The exemplar memory: herding as in iCaRL (Rebuffi et al., CVPR 2017)."""
 
 from collections.abc import Sequence
 from typing import Any

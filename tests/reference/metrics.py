@@ -9,7 +9,7 @@ def cnn_ranking(logits, seen):
 
 
 def nme_ranking(features, classes, means):
-    """Return the classes of one sample ``[D]`` by squared distance to their means, nearest first."""
+    """Return the classes of one sample ``[D]``, nearest mean (squared distance) first."""
     features = np.asarray(features, dtype=np.float64)
     features = features / np.linalg.norm(features)
     distances = [((features - np.asarray(mean, dtype=np.float64)) ** 2).sum() for mean in means]

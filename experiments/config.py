@@ -1,0 +1,152 @@
+"""The configuration of a run, from the command line and YAML files."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from avalanche_memo.training import Phase
+
+__all__ = ["Config", "parse"]
+
+
+@dataclass
+class Config:
+    """One method on one protocol; the defaults are MEMO on scikit-learn's digits.
+
+    :param method: what to train.
+    :param against: further methods to train with the same settings, for comparison.
+    :param benchmark: the data; ``image_folder`` is a folder with ``train/`` and ``val/``.
+    :param data_root: the folder of CIFAR-100 or of the images; the environment variable
+        AVALANCHE_MEMO_DATA where it is not given.
+    :param base: classes of the first experience; 0 for as many as in the later ones.
+    :param increment: classes of each later experience.
+    :param classes: learn only the first so many classes of the order.
+    :param samples_per_class: use only so many images of each class (CIFAR-100).
+    :param image_size: side of the images, in pixels (image_folder).
+    :param class_order_seed: seed of the class order; the papers' is 1993.
+    :param backbone: resnet8 to resnet110 (CIFAR's), convnet2, imagenet_resnet10 to
+        imagenet_resnet50, or convnet4.
+    :param shared_stages: stages shared; the method's own number where it is not given (all but
+        the last for MEMO).
+    :param train_generalized: whether the generalized blocks learn after the first experience.
+    :param gradient_through_frozen: whether the loss reaches them through the frozen blocks.
+    :param mem_size: exemplars in all.
+    :param exemplars_per_class: a fixed number per class instead.
+    :param auxiliary_weight: weight of the auxiliary loss (MEMO, DER).
+    :param batch_size: images per training step.
+    :param lr: learning rate where a phase sets none.
+    :param momentum: of SGD.
+    :param weight_decay: where a phase sets none.
+    :param first: phases of the first experience.
+    :param later: phases of the later ones.
+    :param seed: of everything random but the class order.
+    :param device: auto takes a GPU where there is one.
+    :param fast: whether the fast path is on.
+    :param run_folder: where results go; named after the run where it is not given.
+    """
+
+    method: Literal["memo", "der", "replay", "finetune"] = "memo"
+    against: list[Literal["memo", "der", "replay", "finetune"]] = field(
+        default_factory=lambda: ["finetune"]
+    )
+    benchmark: Literal["digits", "cifar100", "image_folder"] = "digits"
+    data_root: str | None = None
+    base: int = 0
+    increment: int = 2
+    classes: int | None = None
+    samples_per_class: int | None = None
+    image_size: int = 224
+    class_order_seed: int = 1993
+    backbone: str = "resnet8"
+    shared_stages: int | None = None
+    train_generalized: bool = True
+    gradient_through_frozen: bool = True
+    mem_size: int = 200
+    exemplars_per_class: int | None = None
+    auxiliary_weight: float = 1.0
+    batch_size: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    first: list[Phase] = field(default_factory=lambda: [Phase(20, milestones=(12, 17))])
+    later: list[Phase] = field(default_factory=lambda: [Phase(20, milestones=(12, 17))])
+    seed: int = 1993
+    device: str = "auto"
+    fast: bool = True
+    run_folder: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what no other part checks before training.
+
+        :raises ValueError: if a value is outside its range.
+        """
+        if self.method in self.against:
+            raise ValueError(
+                f"against: expected methods other than {self.method}, got {self.against}"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected a number of at least 1, got {self.batch_size}")
+        if not self.first or not self.later:
+            raise ValueError("first, later: expected at least one phase each")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's results go."""
+        if self.run_folder is not None:
+            return Path(self.run_folder)
+        protocol = f"{self.benchmark}-b{self.base}-inc{self.increment}"
+        return Path("runs") / f"{protocol}-{self.method}-{self.backbone}-seed{self.seed}"
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes two runs the same run, as plain data."""
+        plain = asdict(self)
+        for name in ("run_folder", "against", "data_root"):
+            del plain[name]
+        for phase in (*plain["first"], *plain["later"]):
+            phase["milestones"] = list(phase["milestones"])
+        return plain
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as YAML that :func:`parse` reads."""
+        plain = self.identity() | {"data_root": self.data_root, "against": []}
+        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Adds the nearest known key to the message about an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        known = [f.name for f in fields(Config)] + [f.name for f in fields(Phase)]
+        unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)|[Kk]ey '([\w.]+)'", message)
+        if unknown:
+            key = (unknown[1] or unknown[2]).split(".")[-1]
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            message += f"; the nearest known key is '{nearest[0]}'"
+        super().error(message, ex)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Config:
+    """Return the configuration of a command line: ``--config FILE``, ``--any.option value``.
+
+    ``--resume FOLDER`` takes the configuration that a run folder holds instead.
+    """
+    parser = _Parser(prog="python -m experiments.run", description="Train class-incrementally.")
+    parser.add_argument("--config", action="config", help="a YAML file of the options below")
+    parser.add_argument("--resume", metavar="FOLDER", help="continue the run of a folder")
+    parser.add_class_arguments(Config, as_group=False)
+    namespace = parser.parse_args(list(arguments) if arguments is not None else None)
+    if namespace.resume is not None:
+        stored = Path(namespace.resume) / "config.yaml"
+        if not stored.exists():
+            parser.error(
+                f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
+            )
+        namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
+    values = parser.instantiate_classes(namespace).as_dict()
+    return Config(**{f.name: values[f.name] for f in fields(Config)})

@@ -1,0 +1,55 @@
+"""A progress bar over a whole run, with the time left."""
+
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+from tqdm import tqdm
+
+__all__ = ["ProgressBar"]
+
+
+class ProgressBar(SupervisedPlugin):
+    """Shows the images trained on of all that the run will train on.
+
+    :param title: what is trained.
+    :param sizes: new images of each experience.
+    :param mem_size: exemplars that later experiences add.
+    """
+
+    def __init__(self, title: str, sizes: list[int], mem_size: int) -> None:
+        super().__init__()
+        self.title = title
+        self.sizes = sizes
+        self.mem_size = mem_size
+        self.bar: Any = None
+
+    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """Open the bar when training begins, or goes on, and say where it is."""
+        done = strategy.clock.train_exp_counter
+        if self.bar is None:
+            epochs = [
+                sum(phase.epochs for phase in phases)
+                for phases in (strategy.first_phases, strategy.later_phases)
+            ]
+            images = [
+                (size + self.mem_size * (i > 0)) * epochs[i > 0]
+                for i, size in enumerate(self.sizes)
+            ]
+            before = (
+                sum(images[:done])
+                + images[done] * strategy.clock.train_exp_epochs // epochs[done > 0]
+            )
+            self.bar = tqdm(total=sum(images), initial=before, unit="img", unit_scale=True)
+        phase, epoch = strategy.phase, strategy.phase_epoch + 1
+        self.bar.set_description(
+            f"{self.title} experience {done + 1}/{len(self.sizes)}, epoch {epoch}/{phase.epochs}"
+        )
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Count a batch."""
+        self.bar.update(len(strategy.mb_y))
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,316 @@
+"""A run: one configuration in, one folder out, with results, figures and the last checkpoint.
+
+``python -m experiments.run`` trains MEMO on digits against plain fine-tuning;
+``python -m experiments.run --config experiments/configs/memo_cifar100_b0_inc10.yaml`` is the
+papers' protocol. A run that was killed goes on when the same command is given again.
+"""
+
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.logging import TensorboardLogger
+from avalanche.training.determinism.rng_manager import RNGManager
+from avalanche.training.plugins import EvaluationPlugin
+
+from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
+from avalanche_memo.evaluation import (
+    ClassIncrementalAccuracy,
+    MemoryUsage,
+    ResumableForgetting,
+    TrainingAverages,
+)
+from avalanche_memo.models import (
+    ExpandableNetwork,
+    StagedBackbone,
+    cifar_resnet,
+    convnet2,
+    convnet4,
+    imagenet_resnet,
+)
+from avalanche_memo.training import DER, MEMO, Finetune, Replay
+from avalanche_memo.training.checkpoint import Checkpoint, restore
+from experiments.config import Config, parse
+from experiments.figures import accuracy_figure, accuracy_table
+from experiments.progress import ProgressBar
+
+__all__ = ["main", "run"]
+
+log = logging.getLogger("avalanche_memo")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train, or go on training, what a configuration says; return the contents of results.json.
+
+    :raises ValueError: if the folder holds a run of another configuration.
+    :raises RuntimeError: if another process runs in the folder, or no checkpoint in it is whole.
+    """
+    folder = config.folder
+    with _locked(folder):
+        _claim(folder, config)
+        finished = _finished(folder)
+        if finished is not None:
+            return finished
+        return _train(config, folder)
+
+
+def _train(config: Config, folder: Path) -> dict[str, Any]:
+    RNGManager.set_random_seeds(config.seed)
+    benchmark = _benchmark(config)
+    train, test = benchmark.train_stream, benchmark.test_stream
+    checkpoint = Checkpoint(folder / "checkpoint.pt", json.dumps(config.identity()))
+    state, refused = checkpoint.load()
+    for message in refused:
+        log.warning(message)
+    if refused and state is None:
+        raise RuntimeError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
+    checkpoint.extra = checkpoint.extra or {"rows": []}
+
+    memory = 0 if config.method == "finetune" else config.mem_size
+    progress = ProgressBar(config.method, [len(e.dataset) for e in train], memory)
+    logger = TensorboardLogger(str(folder / "tensorboard"))
+    strategy, accuracy = _strategy(config, checkpoint, progress, logger)
+    if state is not None:
+        restore(strategy, state, train)
+    try:
+        for index in range(strategy.clock.train_exp_counter, len(train)):
+            started = time.perf_counter()
+            strategy.train(train[index])
+            trained = time.perf_counter()
+            strategy.eval(test[: index + 1])
+            ended = time.perf_counter()
+            row = _row(strategy) | {
+                "seconds": {"train": trained - started, "eval": ended - trained}
+            }
+            checkpoint.extra["rows"].append(row)
+            checkpoint.save(strategy)
+            logger.writer.flush()
+            rows = checkpoint.extra["rows"]
+            results = _results(config, strategy, accuracy, rows) | {"experiences": len(train)}
+            _write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+            accuracy_figure([results], folder / "accuracy.png")
+    finally:
+        progress.close()
+        logger.writer.close()
+    return results
+
+
+def _benchmark(config: Config) -> Any:
+    protocol = {
+        "base": config.base,
+        "increment": config.increment,
+        "seed": config.class_order_seed,
+        "classes": config.classes,
+    }
+    if config.benchmark == "digits":
+        return split_digits(**protocol)
+    root = config.data_root
+    if config.benchmark == "cifar100":
+        return split_cifar100(root=root, samples_per_class=config.samples_per_class, **protocol)
+    if root is None:
+        raise ValueError("data_root: expected a folder with train/ and val/, got none")
+    return split_image_folder(root, image_size=config.image_size, **protocol)
+
+
+def _backbone(config: Config) -> StagedBackbone:
+    channels = 1 if config.benchmark == "digits" else 3
+    match = re.fullmatch(r"(resnet|imagenet_resnet|convnet)(\d+)", config.backbone)
+    kind, depth = (match[1], int(match[2])) if match else ("", 0)
+    if kind == "resnet":
+        return cifar_resnet(depth, in_channels=channels)
+    if kind == "imagenet_resnet":
+        return imagenet_resnet(depth)
+    if kind == "convnet" and depth in (2, 4):
+        return (convnet2 if depth == 2 else convnet4)(channels)
+    raise ValueError(
+        "backbone: expected resnet8 to resnet110, convnet2, imagenet_resnet10 to "
+        f"imagenet_resnet50 or convnet4, got {config.backbone}"
+    )
+
+
+def _strategy(
+    config: Config, checkpoint: Checkpoint, progress: ProgressBar, logger: TensorboardLogger
+) -> tuple[Any, ClassIncrementalAccuracy]:
+    backbone = _backbone(config)
+    stages = len(backbone.stages)
+    shared = {"memo": stages - 1, "der": 0, "replay": stages, "finetune": stages}[config.method]
+    network = ExpandableNetwork(
+        lambda: backbone,
+        shared if config.shared_stages is None else config.shared_stages,
+        train_generalized=config.train_generalized,
+        gradient_through_frozen=config.gradient_through_frozen,
+    )
+    accuracy = ClassIncrementalAccuracy()
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = {"mem_size": config.mem_size, "exemplars_per_class": config.exemplars_per_class}
+    auxiliary = {"auxiliary_weight": config.auxiliary_weight}
+    method, options = {
+        "memo": (MEMO, memory | auxiliary),
+        "der": (DER, memory | auxiliary),
+        "replay": (Replay, memory),
+        "finetune": (Finetune, {}),
+    }[config.method]
+    strategy = method(
+        model=network,
+        optimizer=torch.optim.SGD(
+            network.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        ),
+        first_phases=config.first,
+        later_phases=config.later,
+        train_mb_size=config.batch_size,
+        eval_mb_size=512,
+        device=device,
+        plugins=[progress],
+        evaluator=EvaluationPlugin(
+            TrainingAverages(), accuracy, ResumableForgetting(), MemoryUsage(), loggers=[logger]
+        ),
+        fast=config.fast,
+        checkpoint=checkpoint,
+        **options,
+    )
+    return strategy, accuracy
+
+
+def _row(strategy: Any) -> dict[str, Any]:
+    """Return what is measured once after an experience."""
+    metrics = strategy.evaluator.get_last_metrics()
+    row: dict[str, Any] = {"classes": list(strategy.model.new_classes)}
+    for name in ("ForgettingRate_CNN", "ForgettingRate_NME", "StreamForgetting"):
+        row[name] = metrics.get(f"{name}/eval_phase/test_stream")
+    for kind in ("Parameter", "Inference", "Exemplar", "Total"):
+        megabytes = metrics.get(f"{kind}Memory_MB/eval_phase/test_stream")
+        row[f"{kind.lower()}_bytes"] = None if megabytes is None else round(megabytes * 2**20)
+    return row
+
+
+def _results(
+    config: Config, strategy: Any, accuracy: ClassIncrementalAccuracy, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the contents of results.json: accuracies are fractions, times stand under seconds."""
+    readouts = {}
+    for readout in ("cnn", "nme"):
+        overall = accuracy.overall_accuracies(readout)
+        if any(math.isnan(value) for value in overall):
+            continue
+        readouts[readout] = {
+            "accuracy": overall,
+            "average": sum(overall) / len(overall),
+            "last": overall[-1],
+            "top5": _plain(accuracy.overall_accuracies(readout, top=5)),
+            "matrix": _plain(accuracy.accuracy_matrix(readout)),
+            "groups_of_ten": _plain(accuracy.group_accuracies(readout)),
+            "forgetting_rate": [row[f"ForgettingRate_{readout.upper()}"] for row in rows],
+        }
+    device = strategy.device
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    return {
+        "config": config.identity(),
+        **readouts,
+        "stream_forgetting": [row["StreamForgetting"] for row in rows],
+        "classes": [row["classes"] for row in rows],
+        "bytes": [{k: v for k, v in row.items() if k.endswith("_bytes")} for row in rows],
+        "environment": {
+            "device": chip,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "seconds": {part: [row["seconds"][part] for row in rows] for part in ("train", "eval")},
+    }
+
+
+def _plain(values: Any) -> Any:
+    """Return nested lists with None for NaN, which JSON lacks."""
+    if isinstance(values, list):
+        return [_plain(value) for value in values]
+    return None if math.isnan(values) else values
+
+
+def _cpu() -> str:
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]  # type: ignore[index]
+    except (OSError, TypeError):
+        return platform.processor()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RuntimeError(f"{folder}: another process is running in this folder") from None
+        yield
+
+
+def _claim(folder: Path, config: Config) -> None:
+    """Write the configuration into a new folder, or compare it with the one that is there."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        unfinished = folder / "config.yaml.part"
+        config.save(unfinished)
+        os.replace(unfinished, path)
+        return
+    stored, own = parse(["--config", str(path)]).identity(), config.identity()
+    different = [
+        f"{key}: {stored[key]} there, {own[key]} here" for key in own if stored[key] != own[key]
+    ]
+    if different:
+        raise ValueError(
+            f"run_folder: {folder} holds a run of another configuration ({'; '.join(different)}); "
+            "expected a new folder, or the same configuration to go on with it"
+        )
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    path = folder / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return results if results and len(results["classes"]) == results["experiences"] else None
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the configuration of a command line, and those it is compared with; print the table."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    config = parse(arguments)
+    results = [run(config)]
+    for method in config.against:
+        # A folder of its own: named after the method, or beside the one that was given.
+        folder = config.run_folder and f"{config.run_folder}-{method}"
+        results.append(
+            run(replace(config, method=method, against=[], shared_stages=None, run_folder=folder))
+        )
+    if len(results) > 1:
+        accuracy_figure(results, config.folder / "accuracy.png")
+    print(accuracy_table(results))
+    print(f"Results, figure and TensorBoard events: {config.folder}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
