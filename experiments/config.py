@@ -74,8 +74,8 @@ class Config:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    first: list[Phase] = field(default_factory=lambda: [Phase(20, milestones=(12, 17))])
-    later: list[Phase] = field(default_factory=lambda: [Phase(20, milestones=(12, 17))])
+    first: list[Phase] = field(default_factory=lambda: [Phase(8, milestones=(5, 7))])
+    later: list[Phase] = field(default_factory=lambda: [Phase(8, milestones=(5, 7))])
     seed: int = 1993
     device: str = "auto"
     fast: bool = True

@@ -12,15 +12,13 @@ class ProgressBar(SupervisedPlugin):
     """Shows the images trained on of all that the run will train on.
 
     :param title: what is trained.
-    :param sizes: new images of each experience.
-    :param mem_size: exemplars that later experiences add.
+    :param sizes: images of an epoch of each experience, exemplars included.
     """
 
-    def __init__(self, title: str, sizes: list[int], mem_size: int) -> None:
+    def __init__(self, title: str, sizes: list[int]) -> None:
         super().__init__()
         self.title = title
         self.sizes = sizes
-        self.mem_size = mem_size
         self.bar: Any = None
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
@@ -31,10 +29,7 @@ class ProgressBar(SupervisedPlugin):
                 sum(phase.epochs for phase in phases)
                 for phases in (strategy.first_phases, strategy.later_phases)
             ]
-            images = [
-                (size + self.mem_size * (i > 0)) * epochs[i > 0]
-                for i, size in enumerate(self.sizes)
-            ]
+            images = [size * epochs[i > 0] for i, size in enumerate(self.sizes)]
             before = (
                 sum(images[:done])
                 + images[done] * strategy.clock.train_exp_epochs // epochs[done > 0]

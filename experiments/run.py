@@ -78,8 +78,7 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
     checkpoint.extra = checkpoint.extra or {"rows": []}
 
-    memory = 0 if config.method == "finetune" else config.mem_size
-    progress = ProgressBar(config.method, [len(e.dataset) for e in train], memory)
+    progress = ProgressBar(config.method, _images_per_epoch(config, train))
     logger = TensorboardLogger(str(folder / "tensorboard"))
     strategy, accuracy = _strategy(config, checkpoint, progress, logger)
     if state is not None:
@@ -105,6 +104,15 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         progress.close()
         logger.writer.close()
     return results
+
+
+def _images_per_epoch(config: Config, stream: Any) -> list[int]:
+    sizes, seen = [], 0
+    for experience in stream:
+        exemplars = (config.exemplars_per_class or config.mem_size // max(1, seen)) * seen
+        sizes.append(len(experience.dataset) + exemplars * (config.method != "finetune"))
+        seen += len(experience.classes_in_this_experience)
+    return sizes
 
 
 def _benchmark(config: Config) -> Any:

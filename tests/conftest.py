@@ -2,6 +2,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny tensors: a second thread would only wait for the first, and the more so on a busy machine.
+torch.set_num_threads(1)
 
 
 def _data_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The expandable network of MEMO and DER: shared generalized blocks, one specialized block per experience.
+"""The expandable network of MEMO and DER: blocks that are shared, and blocks that are added.
 
 MEMO: Zhou et al., "A Model or 603 Exemplars: Towards Memory-Efficient Class-Incremental Learning",
 ICLR 2023. DER: Yan et al., "DER: Dynamically Expandable Representation for Class Incremental
@@ -14,6 +14,7 @@ import torch
 from avalanche.models import DynamicModule
 from torch import Tensor, nn
 
+from avalanche_memo.models.fast_path import FastPath, fold_batch_norm, has_bfloat16
 from avalanche_memo.models.heads import GrowingLinear
 from avalanche_memo.models.staged import StagedBackbone
 
@@ -96,6 +97,9 @@ class ExpandableNetwork(DynamicModule):
         self.growth: list[list[int]] = []
         self.width = 0
         self.outputs: NetworkOutputs | None = None
+        self.fast = FastPath.of(False)
+        # A plain list: the folded copies are no part of the model's state, nor of its bytes.
+        self._folded: list[nn.Module] = []
 
         self.generalized = nn.ModuleList(backbone.stages[:shared_stages])
         self.specialized = nn.ModuleList()
@@ -192,7 +196,7 @@ class ExpandableNetwork(DynamicModule):
         return self._features(x)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits ``[B, W]`` of images ``[B, C, H, W]``; the rest is in :attr:`outputs`."""
+        """Return the logits ``[B, W]`` of images ``[B, C, H, W]``, and keep :attr:`outputs`."""
         features, stage_maps = self._features(x)
         logits = self._to_columns(self.classifier(features))
         auxiliary_logits = None
@@ -202,18 +206,45 @@ class ExpandableNetwork(DynamicModule):
         self.outputs = NetworkOutputs(logits, features, stage_maps, auxiliary_logits)
         return logits
 
+    def use(self, fast: bool | FastPath) -> "ExpandableNetwork":
+        """Choose the parts of the fast path to run on; a network starts with none."""
+        self.fast = FastPath.of(fast)
+        layout = torch.channels_last if self.fast.channels_last else torch.contiguous_format
+        for blocks in (self.generalized, self.specialized):
+            blocks.to(memory_format=layout)
+        self._folded = []
+        return self
+
     def _features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        maps: list[Tensor] = []
-        for stage in self.generalized:
-            x = stage(x)
-            maps.append(x)
-        if not self.expands:
-            return StagedBackbone.pool(x), maps
-        frozen_input = x if self.gradient_through_frozen else x.detach()
-        features = [_run(block, frozen_input)[-1] for block in self.specialized[:-1]]
-        newest = _run(self.specialized[-1], x)
-        features = [StagedBackbone.pool(output) for output in (*features, newest[-1])]
+        low = self.fast.bfloat16 and has_bfloat16(x.device)
+        if self.fast.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            maps = _run(self.generalized, x)
+            shared = maps[-1] if maps else x
+            if not self.expands:
+                return StagedBackbone.pool(shared.float()), maps
+            newest = _run(self.specialized[-1], shared)
+        frozen_input = shared if self.gradient_through_frozen else shared.detach()
+        outputs = [*self._frozen_maps(frozen_input, low), newest[-1]]
+        features = [StagedBackbone.pool(output.float()) for output in outputs]
         return torch.cat(features, dim=1), maps + newest
+
+    def _frozen_maps(self, x: Tensor, low: bool) -> list[Tensor]:
+        """Return the last maps of the older blocks, oldest first."""
+        if not self.fast.fold_frozen:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+                return [_run(block, x)[-1] for block in self.specialized[:-1]]
+        dtype = torch.bfloat16 if low else torch.float32
+        for block in self.specialized[len(self._folded) : -1]:
+            self._folded.append(fold_batch_norm(block, dtype))
+        x = x.to(dtype)
+        return [_run(block, x)[-1] for block in self._folded]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ExpandableNetwork":
+        self._folded = []  # The model moves to another device or type.
+        super()._apply(fn, recurse)
+        return self
 
     def _to_columns(self, logits: Tensor) -> Tensor:
         columns = logits.new_full((len(logits), self.width), UNSEEN_LOGIT)
@@ -233,6 +264,7 @@ class ExpandableNetwork(DynamicModule):
                 f"state_dict: made by a network that learned {state['growth']}, "
                 f"but this one has learned {self.growth}"
             )
+        self._folded = []
         with torch.random.fork_rng(devices=[]):
             for new_classes in state["growth"][len(self.growth) :]:
                 self.grow(new_classes)
@@ -240,7 +272,7 @@ class ExpandableNetwork(DynamicModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # Avalanche's plugins deep-copy models; tensors inside an autograd graph can't be copied.
-        return {**self.__dict__, "outputs": None}
+        return {**self.__dict__, "outputs": None, "_folded": []}
 
 
 def _run(stages: nn.Module, x: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
+from avalanche_memo.models import ExpandableNetwork, FastPath
 from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
 from avalanche_memo.training.loading import ResidentBatches
 
@@ -107,7 +108,7 @@ class IncrementalTemplate(SupervisedTemplate):
     :param method_plugins: the plugins that make the method; they run before the user's.
     :param first_phases: phases of the first experience; one of ``train_epochs`` by default.
     :param later_phases: phases of the later ones; likewise.
-    :param fast: whether batches come from a tensor in memory where the data allow it.
+    :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after each epoch, or ``None``.
     :raises ValueError: for an optimizer with several groups, and before training for an
         experience with no data.
@@ -130,7 +131,7 @@ class IncrementalTemplate(SupervisedTemplate):
         plugins: Sequence[Any] | None = None,
         evaluator: Any = default_evaluator,
         eval_every: int = -1,
-        fast: bool = True,
+        fast: bool | FastPath = True,
         checkpoint: Checkpoint | None = None,
         **base_kwargs: Any,
     ) -> None:
@@ -138,7 +139,10 @@ class IncrementalTemplate(SupervisedTemplate):
             raise ValueError(
                 f"optimizer: expected one parameter group, got {len(optimizer.param_groups)}"
             )
-        self._loading = [ResidentBatches()] if fast else []
+        parts = FastPath.of(fast)
+        if isinstance(model, ExpandableNetwork):
+            model.use(parts)
+        self._loading = [ResidentBatches()] if parts.resident_batches else []
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -190,8 +194,7 @@ class IncrementalTemplate(SupervisedTemplate):
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         resume, self.resume_from = self.resume_from, None
-        all_data: Any = self.adapted_dataset
-        all_loader: Any = self.dataloader
+        all_data, all_loader = self.adapted_dataset, self.dataloader
         for index, phase in enumerate(self._phases):
             if resume and index < resume["phase"]["index"]:
                 continue

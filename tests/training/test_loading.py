@@ -441,6 +441,13 @@ def test_doubtful_data_sets_have_no_resident_loader(name):
     assert resident_loader(doubtful()[name].train_stream[0].dataset.train(), 7) is None
 
 
+def test_every_leaf_is_checked():
+    first, other = nc().train_stream[0].dataset, nc(Inverted()).train_stream[0].dataset
+    both = other.subset([0]).concat(first)
+    both = both.subset([*range(1, 18), 0, 18, 19])  # neither first, last nor in the middle
+    assert resident_loader(both.eval(), 7) is None
+
+
 def test_other_data_sets_have_no_resident_loader():
     assert resident_loader(make_avalanche_dataset(ArrayImages()), 7) is None  # no targets
     assert resident_loader(ArrayImages(), 7) is None
@@ -464,7 +471,7 @@ def test_results_are_those_of_the_strategys_own_loaders(make):
 @pytest.mark.parametrize("make", [nc, incremental])
 def test_both_loaders_are_replaced_and_it_is_said_once(make, caplog):
     caplog.set_level(logging.INFO, "avalanche_memo")
-    spy, benchmark = Spy(), make()
+    spy, benchmark = Spy(eval_batch_size=512), make()
     strategy = naive([spy], train_epochs=2)
     for experience in benchmark.train_stream:
         strategy.train(experience)
@@ -480,12 +487,12 @@ def test_both_loaders_are_replaced_and_it_is_said_once(make, caplog):
 
 
 def test_parts_can_be_switched_off():
-    spy, benchmark = Spy(train=False, eval_batch_size=None), nc()
+    spy, benchmark = Spy(train=False), nc()
     strategy = naive([spy])
     strategy.train(benchmark.train_stream[0])
     strategy.eval(benchmark.test_stream)
     assert {type(loader) for loader in spy.trained} == {TaskBalancedDataLoader}
-    assert {loader.batch_size for loader in spy.evaluated} == {7}
+    assert {loader.batch_size for loader in spy.evaluated} == {7}  # as asked of the strategy
 
 
 @pytest.mark.parametrize(
@@ -588,7 +595,7 @@ def test_files_are_decoded_once_where_sizes_agree_after_the_prefix():
     # Six images per experience: the probe and the check (in which the first is again) remain.
     assert len(files.accesses) == 2 * (1 + 3)
     dataset = benchmark.test_stream[1].dataset.eval()
-    assert_same_batches(spy.evaluated[1], DataLoader(dataset, 512))
+    assert_same_batches(spy.evaluated[1], DataLoader(dataset, 7))
 
 
 def test_training_batches_of_files_are_within_rounding_of_the_chain():
@@ -619,9 +626,9 @@ def test_plugin_can_be_copied_without_its_cache():
 def test_cifar100_evaluation_equals_the_data_loader(cifar100_root):
     from torchvision.datasets import CIFAR100
 
-    sets = [CIFAR100(str(cifar100_root), train=train) for train in (True, False)]
-    benchmark = nc(*sets, 10, T.Compose([T.RandomCrop(32, 4), CIFAR]))
+    data = CIFAR100(str(cifar100_root), train=False)
+    benchmark = nc(data, data, 10, T.Compose([T.RandomCrop(32, 4), CIFAR]))
     new, old = (benchmark.train_stream[k].dataset for k in (1, 0))
-    dataset = new.concat(old.subset(range(0, 1000, 50))).eval()
+    dataset = new.concat(old.subset(range(0, 1000, 20))).eval()
     assert_same_batches(resident_loader(dataset, 128), DataLoader(dataset, 128))
     assert resident_loader(dataset.train(), 128, shuffle=True) is not None

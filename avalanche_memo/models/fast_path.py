@@ -1,0 +1,70 @@
+"""What makes an expandable network fast: bfloat16, channels_last, and cheap frozen blocks."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+__all__ = ["FastPath", "fold_batch_norm", "has_bfloat16"]
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """The parts of the fast path, each with its switch; all on by default.
+
+    :param resident_batches: gather and augment batches from one tensor in memory.
+    :param channels_last: keep feature maps as ``[B, H, W, C]`` in memory.
+    :param bfloat16: run blocks under autocast to bfloat16, on hardware that has it. The
+        classifier, the losses and the features that herding and NME see stay in float32.
+    :param fold_frozen: run frozen blocks from a copy of their weights, with BatchNorm folded into
+        the convolutions, that is ready in the type they run in. The model keeps the originals.
+    """
+
+    resident_batches: bool = True
+    channels_last: bool = True
+    bfloat16: bool = True
+    fold_frozen: bool = True
+
+    @classmethod
+    def of(cls, fast: "bool | FastPath") -> "FastPath":
+        """Return the parts that ``True`` (all), ``False`` (none) or a choice of them stands for."""
+        if isinstance(fast, FastPath):
+            return fast
+        return cls(fast, fast, fast, fast)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        # Not in older releases of torch.
+        read: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+        return any(read().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a frozen copy of a block with each BatchNorm folded into the convolution before it.
+
+    A BatchNorm belongs to a convolution where the two follow each other among a module's children
+    that have parameters, as in torchvision's residual blocks and in this package's.
+
+    :param block: a block in evaluation mode.
+    :param dtype: the type of the copy's weights; folding itself is done in float32.
+    """
+    folded = copy.deepcopy(block).eval().requires_grad_(False)
+    for parent in folded.modules():
+        previous = ""
+        for name, child in list(parent.named_children()):
+            convolution = getattr(parent, previous) if previous else None
+            if isinstance(child, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
+                setattr(parent, previous, fuse_conv_bn_eval(convolution, child))
+                setattr(parent, name, nn.Identity())
+            if any(True for _ in child.parameters()):
+                previous = name
+    return folded.to(dtype)

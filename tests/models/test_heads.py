@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from avalanche_memo.models import GrowingLinear
+
+
+def grown(*steps: tuple[int, int]) -> GrowingLinear:
+    """A head after growing by (features, classes), step by step."""
+    head = GrowingLinear()
+    for features, classes in steps:
+        head.grow(features, classes)
+    return head
+
+
+def test_computes_a_linear_layer():
+    head = grown((3, 2), (4, 5))
+    assert (head.in_features, head.out_features) == (7, 7)
+    assert head.weight.shape == (7, 7)
+    features = torch.randn(6, 7)
+    expected = [
+        [
+            sum(w * f for w, f in zip(row, sample, strict=True)) + b
+            for row, b in zip(head.weight.tolist(), head.bias.tolist(), strict=True)
+        ]
+        for sample in features.tolist()
+    ]
+    torch.testing.assert_close(head(features), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("features", "classes"), [(4, 0), (0, 3), (4, 3)])
+def test_keeps_the_weights_of_old_pairs(features, classes):
+    head = grown((3, 2), (2, 2))
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+    head.grow(features, classes)
+    assert head.weight.shape == (4 + classes, 5 + features)
+    assert torch.equal(head.weight[:4, :5], weight)
+    assert torch.equal(head.bias[:4], bias)
+
+
+def test_what_is_new_starts_as_in_a_fresh_linear_layer():
+    torch.manual_seed(0)
+    head = grown((300, 40))
+    old = head.weight.detach().clone()
+    head.grow(100, 60)
+    bound = 1 / math.sqrt(400)  # nn.Linear: uniform within 1 / sqrt(in_features)
+    new = torch.cat([head.weight[40:].flatten(), head.weight[:40, 300:].flatten()])
+    assert new.abs().max() <= bound
+    assert new.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert new.mean().item() == pytest.approx(0, abs=1e-3)
+    assert 0 < head.bias[40:].abs().max() <= bound
+    assert torch.equal(head.weight[:40, :300], old)
+
+
+def test_every_entry_learns():
+    head = grown((2, 2), (3, 1))
+    head(torch.randn(4, 5)).square().sum().backward()
+    gradients = [parameter.grad for parameter in head.parameters()]
+    assert sum(g.numel() for g in gradients) == 3 * 5 + 3
+    assert all((g != 0).all() for g in gradients)
+
+
+def test_starts_afresh_on_demand():
+    torch.manual_seed(0)
+    head = grown((100, 50))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.fill_(9)
+    head.reset_parameters()
+    fresh = nn.Linear(100, 50)
+    assert head.weight.abs().max() <= 0.1
+    assert head.bias.abs().max() <= 0.1
+    assert head.weight.std().item() == pytest.approx(fresh.weight.std().item(), rel=0.05)
+
+
+def test_scales_the_weights_of_some_rows():
+    head = grown((3, 4), (2, 0))
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+    head.scale_rows(torch.tensor([1, 3]), 0.5)
+    assert torch.equal(head.weight, weight * torch.tensor([[1.0], [0.5], [1.0], [0.5]]))
+    assert torch.equal(head.bias, bias)
+
+
+@pytest.mark.parametrize(("features", "classes"), [(-1, 0), (0, -2)])
+def test_refuses_to_shrink(features, classes):
+    with pytest.raises(ValueError, match=rf"at least 0, got {features} and {classes}"):
+        grown((2, 2)).grow(features, classes)
