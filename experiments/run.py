@@ -183,7 +183,7 @@ def _strategy(
         first_phases=config.first,
         later_phases=config.later,
         train_mb_size=config.batch_size,
-        eval_mb_size=512,
+        eval_mb_size=128,
         device=device,
         plugins=[progress],
         evaluator=EvaluationPlugin(

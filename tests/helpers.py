@@ -37,8 +37,9 @@ def make_benchmark(
     task_labels: bool = False,
     transform: Any = None,
     order: Sequence[int] = ORDER,
+    **options: Any,
 ) -> Any:
-    """A benchmark of 10 classes in ORDER, under their own ids."""
+    """A benchmark of 10 classes in ORDER, under their own ids; options are those of the API."""
     train, test = grey_images(per_class, seed=1), grey_images(2, seed=2)
     transform = transform or ToTensor()
     if api == "nc":
@@ -50,6 +51,7 @@ def make_benchmark(
             fixed_class_order=list(order),
             train_transform=transform,
             eval_transform=ToTensor(),
+            **options,
         )
     datasets = {
         name: as_classification_dataset(
@@ -61,6 +63,7 @@ def make_benchmark(
         datasets,
         class_order=list(order),
         num_experiences=experiences,
+        **options,
     )
 
 

@@ -147,7 +147,7 @@ def _stateful(objects: Sequence[Any]) -> list[Any]:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     version, numbers, next_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -162,7 +162,7 @@ def _restore_random(state: dict[str, Any]) -> None:
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))
+    np.random.set_state((name, keys.numpy(), *rest))  # noqa: NPY002
     version, numbers, next_gauss = state["python"]
     random.setstate((version, tuple(numbers), next_gauss))
 

@@ -7,20 +7,17 @@ and normalised in a handful of tensor operations. Whatever is not understood wit
 the strategy's own loader, and the log says so.
 """
 
-import functools
 import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
-from avalanche.benchmarks.utils.classification_dataset import lookup
 from avalanche.benchmarks.utils.data import AvalancheDataset, _FlatDataWithTransform
 from avalanche.benchmarks.utils.data_loader import (
     GroupBalancedDataLoader,
@@ -30,7 +27,7 @@ from avalanche.benchmarks.utils.data_loader import (
     TaskBalancedDataLoader,
 )
 from avalanche.benchmarks.utils.flat_data import FlatData
-from avalanche.benchmarks.utils.transforms import MultiParamCompose, TupleTransform
+from avalanche.benchmarks.utils.transforms import TupleTransform
 from avalanche.training.plugins import SupervisedPlugin
 from PIL import Image
 from torch import Tensor
@@ -45,390 +42,23 @@ from torch.utils.data import (
     default_collate,
 )
 from torchvision import transforms as T
-from torchvision.datasets.vision import StandardTransform
 
-__all__ = [
-    "BatchedOp",
-    "Brightness",
-    "HorizontalFlip",
-    "Normalize",
-    "RandomCrop",
-    "RandomResizedCrop",
-    "Recipe",
-    "ResidentBatches",
-    "ResidentLoader",
-    "parse_transforms",
-    "resident_loader",
-]
+__all__ = ["ResidentBatches", "ResidentLoader", "resident_loader"]
+
+from avalanche_memo.training.batch_transforms import (
+    Normalize,
+    RandomCrop,
+    RandomResizedCrop,
+    Recipe,
+    UnsupportedError,
+    channels_first,
+    parse_chain,
+    unfold_transforms,
+)
 
 logger = logging.getLogger("avalanche_memo")
 
 Indices = npt.NDArray[np.int64]
-
-
-class _UnsupportedError(Exception):
-    """The reason why a data set or loader cannot be served from a resident tensor."""
-
-
-# --- the transforms -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BatchedOp:
-    """A transform of images ``[B, C, H, W]`` whose random parameters are drawn per image.
-
-    A draw of one image consumes torch's global random numbers exactly as the torchvision
-    transform does, so that the two can be compared from the same random state.
-    """
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width, in pixels, of the images that :meth:`apply` makes."""
-        return height, width
-
-    def draw(self, n: int, height: int, width: int) -> Tensor | None:
-        """Draw the parameters of `n` images of one size; None if there is nothing to draw."""
-        return None
-
-    def apply(self, batch: Tensor, draws: Tensor | None) -> Tensor:
-        """Transform images ``[B, C, H, W]`` with the parameters of :meth:`draw`, on any device."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class RandomCrop(BatchedOp):
-    """Crop a window of `size` (height, width) at a uniform place of the padded image.
-
-    :param size: height and width of the window in pixels.
-    :param padding: pixels added on the left, top, right and bottom.
-    :param fill: value of the added pixels, 0 to 255.
-    """
-
-    size: tuple[int, int]
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    fill: int = 0
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of the window."""
-        return self.size
-
-    def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width of an image once it is padded."""
-        left, top, right, bottom = self.padding
-        return height + top + bottom, width + left + right
-
-    def draw(self, n: int, height: int, width: int) -> Tensor | None:
-        """Draw the top and left of the windows in the padded images: int64 ``[n, 2]``."""
-        height, width = self.padded_size(height, width)
-        if self.size == (height, width):
-            return torch.zeros(n, 2, dtype=torch.int64)
-        top = torch.randint(0, height - self.size[0] + 1, (n,))
-        return torch.stack([top, torch.randint(0, width - self.size[1] + 1, (n,))], dim=1)
-
-    def pad(self, images: Tensor) -> Tensor:
-        """Return images ``[N, C, H, W]`` with the padding added."""
-        left, top, right, bottom = self.padding
-        return F.pad(images, (left, right, top, bottom), value=self.fill)
-
-    def gather(self, padded: Tensor, index: Tensor, draws: Tensor) -> Tensor:
-        """Return the windows ``[B, C, h, w]`` of the padded images that `index` ``[B]`` names."""
-        height, width = self.size
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        return windows[index, :, draws[:, 0], draws[:, 1]]
-
-    def apply(self, batch: Tensor, draws: Tensor | None) -> Tensor:
-        """Pad and crop every image of the batch."""
-        assert draws is not None
-        return self.gather(self.pad(batch), torch.arange(len(batch), device=batch.device), draws)
-
-
-@dataclass(frozen=True)
-class HorizontalFlip(BatchedOp):
-    """Mirror each image left to right with probability `p`."""
-
-    p: float = 0.5
-
-    def draw(self, n: int, height: int, width: int) -> Tensor | None:
-        """Draw which images are mirrored: bool ``[n]``."""
-        return torch.rand(n) < self.p
-
-    def apply(self, batch: Tensor, draws: Tensor | None) -> Tensor:
-        """Mirror the images where the draw is true."""
-        assert draws is not None
-        return torch.where(draws[:, None, None, None], batch.flip(-1), batch)
-
-
-@dataclass(frozen=True)
-class Brightness(BatchedOp):
-    """Multiply each uint8 image by a factor that is uniform in ``[low, high]``, as PIL does."""
-
-    low: float
-    high: float
-
-    def draw(self, n: int, height: int, width: int) -> Tensor | None:
-        """Draw the factors: float32 ``[n]``."""
-        torch.randperm(4)  # ColorJitter draws the order of its four adjustments first
-        return torch.empty(n).uniform_(self.low, self.high)
-
-    def apply(self, batch: Tensor, draws: Tensor | None) -> Tensor:
-        """Scale the images; PIL clips and then truncates (checked on all values)."""
-        assert draws is not None
-        return (batch * draws[:, None, None, None]).clamp_(max=255).to(torch.uint8)
-
-
-@dataclass(frozen=True)
-class RandomResizedCrop(BatchedOp):
-    """Crop a random area and aspect ratio, and resize it to `size` with PIL's bilinear filter.
-
-    Each image's crop and resize is two small matrices, one per axis, so that a batch is two
-    batched products. PIL computes in fixed point: its values and these differ by at most one of
-    255 levels after each axis.
-    """
-
-    size: tuple[int, int]
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size that every crop is resized to."""
-        return self.size
-
-    def draw(self, n: int, height: int, width: int) -> Tensor | None:
-        """Draw top, left, height and width of the crops: int64 ``[n, 4]``.
-
-        As torchvision: up to ten tries per image, then the largest central crop that has an
-        allowed aspect ratio.
-        """
-        ratio_range = list(self.ratio)
-        if n == 1:
-            like = torch.empty(1, height, width)
-            box = T.RandomResizedCrop.get_params(like, list(self.scale), ratio_range)
-            return torch.tensor([box])
-        allowed = min(max(width / height, min(self.ratio)), max(self.ratio))
-        w = width if width / height <= allowed else round(height * allowed)
-        h = height if width / height >= allowed else round(width / allowed)
-        boxes = torch.tensor([(height - h) // 2, (width - w) // 2, h, w]).repeat(n, 1)
-        pending = torch.arange(n)
-        low, high = (math.log(r) for r in ratio_range)
-        for _ in range(10):
-            m = len(pending)
-            area = height * width * torch.empty(m).uniform_(*self.scale)
-            ratio = torch.empty(m).uniform_(low, high).exp()
-            ws, hs = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-            fits = (ws > 0) & (ws <= width) & (hs > 0) & (hs <= height)
-            tops = (torch.rand(m) * (height - hs + 1)).floor()
-            lefts = (torch.rand(m) * (width - ws + 1)).floor()
-            drawn = torch.stack([tops, lefts, hs, ws], dim=1).long()
-            boxes[pending[fits]] = drawn[fits]
-            pending = pending[~fits]
-        return boxes
-
-    @staticmethod
-    def _weights(start: Tensor, length: Tensor, size: int, source: int) -> Tensor:
-        """Return the triangle filter's weights ``[B, size, source]`` along one axis.
-
-        The filter never reaches outside the crop, whose first pixel is `start` and which has
-        `length` pixels, both ``[B]``.
-        """
-        pixel = torch.arange(source, device=start.device)
-        start, length = start[:, None, None], length[:, None, None]
-        scale = length / size
-        centre = (torch.arange(size, device=start.device) + 0.5)[:, None] * scale
-        distance = (pixel - start + 0.5 - centre).abs() / scale.clamp(min=1)
-        inside = (pixel >= start) & (pixel < start + length)
-        weights = (1 - distance).clamp(min=0) * inside
-        return weights / weights.sum(-1, keepdim=True)
-
-    def apply(self, batch: Tensor, draws: Tensor | None) -> Tensor:
-        """Crop and resize uint8 images to uint8 ``[B, C, h, w]``; along x first, as PIL does."""
-        assert draws is not None
-        top, left, height, width = draws.unbind(1)
-        along_x = self._weights(left, width, self.size[1], batch.shape[3])[:, None]
-        along_y = self._weights(top, height, self.size[0], batch.shape[2])[:, None]
-        narrow = (batch.float() @ along_x.mT + 0.5).floor()
-        return (along_y @ narrow + 0.5).clamp_(max=255).to(torch.uint8)
-
-
-@functools.lru_cache(maxsize=64)
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return ToTensor and Normalize as one multiply-add: two float32 ``[1, C, 1, 1]``."""
-    mean_, std_ = torch.tensor([mean, std], dtype=torch.float64).view(2, 1, -1, 1, 1)
-    return (1 / (255 * std_)).float().to(device), (-mean_ / std_).float().to(device)
-
-
-@dataclass(frozen=True)
-class Normalize(BatchedOp):
-    """Map uint8 values to float32 ``(value / 255 - mean) / std``; one entry or one per channel."""
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    def apply(self, batch: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Return float32 images of the same shape."""
-        scale, shift = _scale_and_shift(self.mean, self.std, batch.device)
-        return torch.mul(batch, scale).add_(shift)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A transform chain: what is done once to each PIL image, then what is done to each batch.
-
-    :param ops: the batched transforms, in order; the last one is :class:`Normalize`.
-    :param prefix: deterministic torchvision transforms of PIL images that come before them.
-    :param prefix_key: the prefix as text, which stands for it in comparisons.
-    """
-
-    ops: tuple[BatchedOp, ...]
-    prefix: tuple[Any, ...] = field(default=(), compare=False)
-    prefix_key: str = ""
-
-    def prepare(self, image: Image.Image) -> Tensor:
-        """Apply the prefix to one image and return it as uint8 ``[C, H, W]``."""
-        for transform in self.prefix:
-            image = transform(image)
-        pixels = np.asarray(image)
-        if pixels.dtype != np.uint8:
-            raise _UnsupportedError(f"images of mode {image.mode}")
-        return _channels_first(torch.from_numpy(pixels.copy())[None])[0]
-
-    def store_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of a resident image, padded if the first transform is a crop."""
-        first = self.ops[0]
-        if isinstance(first, RandomCrop):
-            return first.padded_size(height, width)
-        return height, width
-
-    def draw(self, n: int, height: int, width: int) -> list[Tensor | None]:
-        """Draw the parameters of `n` images, one entry per transform."""
-        draws = []
-        for op in self.ops:
-            draws.append(op.draw(n, height, width))
-            height, width = op.output_size(height, width)
-        return draws
-
-    def store(self, images: Tensor) -> Tensor:
-        """Return images ``[N, C, H, W]`` as :meth:`gather` wants them: padded if need be."""
-        first = self.ops[0]
-        return first.pad(images) if isinstance(first, RandomCrop) else images
-
-    def gather(self, stored: Tensor, index: Tensor, draws: Sequence[Tensor | None]) -> Tensor:
-        """Return the transformed float32 images ``[B, C, h, w]`` that `index` ``[B]`` names."""
-        first, ops = self.ops[0], self.ops
-        if isinstance(first, RandomCrop):
-            assert draws[0] is not None
-            batch, ops, draws = first.gather(stored, index, draws[0]), ops[1:], draws[1:]
-        else:
-            batch = stored[index]
-        for op, drawn in zip(ops, draws, strict=True):
-            batch = op.apply(batch, drawn)
-        return batch
-
-
-# Deterministic, so that torchvision itself applies them, once per image.
-_ONCE_PER_IMAGE = (T.Resize, T.CenterCrop, T.Pad, T.Grayscale)
-
-
-def parse_transforms(chain: Sequence[Any]) -> Recipe | str:
-    """Translate a chain of torchvision transforms of PIL images into batched ones.
-
-    :param chain: transforms, applied first to last; `Compose` may be nested.
-    :return: the recipe, or the reason why there is none.
-    """
-    try:
-        return _parse([step for transform in chain for step in _flatten(transform)])
-    except _UnsupportedError as reason:
-        return str(reason)
-
-
-def _parse(chain: Sequence[Any]) -> Recipe:
-    """Translate a flat chain; see :func:`parse_transforms`.
-
-    :raises _UnsupportedError: if the chain is not understood.
-    """
-    prefix: list[Any] = []
-    ops: list[BatchedOp] = []
-    normalize: Normalize | None = None
-    for transform in chain:
-        kind = type(transform)  # a subclass may do anything: only the very classes are known
-        if kind is T.ToTensor and normalize is None:
-            normalize = Normalize()
-        elif kind is T.Normalize and normalize is not None:
-            normalize = _compose(normalize, transform)
-        elif normalize is not None:
-            raise _UnsupportedError(f"{kind.__name__} after ToTensor")
-        elif kind in _ONCE_PER_IMAGE:
-            if ops:
-                raise _UnsupportedError(f"{kind.__name__} after a random transform")
-            prefix.append(transform)
-        elif kind is T.RandomCrop:
-            ops.append(_parse_crop(transform))
-        elif kind is T.RandomHorizontalFlip:
-            ops.append(HorizontalFlip(float(transform.p)))
-        elif kind is T.ColorJitter:
-            ops.append(_parse_jitter(transform))
-        elif kind is T.RandomResizedCrop:
-            if transform.interpolation is not T.InterpolationMode.BILINEAR:
-                raise _UnsupportedError(f"RandomResizedCrop with {transform.interpolation}")
-            height, width = transform.size
-            ops.append(
-                RandomResizedCrop((height, width), tuple(transform.scale), tuple(transform.ratio))
-            )
-        else:
-            raise _UnsupportedError(f"unknown transform {kind.__name__}")
-    if normalize is None:
-        raise _UnsupportedError("no ToTensor in the transforms")
-    return Recipe((*ops, normalize), tuple(prefix), repr(prefix))
-
-
-def _compose(first: Normalize, second: Any) -> Normalize:
-    """Return one normalisation that equals `first` and then the torchvision `second`."""
-    means = np.asarray(first.mean) + np.asarray(first.std) * np.atleast_1d(second.mean)
-    stds = np.asarray(first.std) * np.atleast_1d(second.std)
-    return Normalize(tuple(means.tolist()), tuple(stds.tolist()))
-
-
-def _parse_crop(crop: Any) -> RandomCrop:
-    """Translate torchvision's RandomCrop."""
-    if crop.pad_if_needed or crop.padding_mode != "constant":
-        raise _UnsupportedError("RandomCrop with pad_if_needed or a padding mode but constant")
-    if not isinstance(crop.fill, int):
-        raise _UnsupportedError("RandomCrop with a fill per channel")
-    padding = crop.padding if crop.padding is not None else 0
-    sides = (padding,) if isinstance(padding, int) else tuple(padding)
-    left, top, right, bottom = sides * (4 // len(sides))
-    height, width = crop.size
-    return RandomCrop((height, width), (left, top, right, bottom), crop.fill)
-
-
-def _parse_jitter(jitter: Any) -> Brightness:
-    """Translate torchvision's ColorJitter."""
-    if jitter.contrast or jitter.saturation or jitter.hue or not jitter.brightness:
-        raise _UnsupportedError("ColorJitter of anything but brightness")
-    return Brightness(*jitter.brightness)
-
-
-def _flatten(transform: Any) -> list[Any]:
-    """Return the image transforms of Avalanche's and torchvision's containers, in order.
-
-    :raises _UnsupportedError: for a target transform that is not one of Avalanche's class mappings.
-    """
-    if transform is None:
-        return []
-    if isinstance(transform, StandardTransform):
-        return _flatten(TupleTransform([transform.transform, transform.target_transform]))
-    if type(transform) is TupleTransform:
-        for other in transform.transforms[1:]:
-            mapping = isinstance(other, functools.partial) and other.func is lookup
-            if other is not None and not mapping:
-                raise _UnsupportedError("a target transform that is not a class mapping")
-        return _flatten(transform.transforms[0])
-    if type(transform) in (T.Compose, MultiParamCompose):
-        return [step for inner in transform.transforms for step in _flatten(inner)]
-    return [transform]
-
-
-# --- the data -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -462,7 +92,7 @@ def _parts(node: Any, indices: Indices, positions: Indices, group: str | None) -
             indices = np.array([node._indices[i] for i in indices.tolist()], np.int64)
         if group is not None:
             if not isinstance(node, _FlatDataWithTransform):
-                raise _UnsupportedError(f"a nested {type(node).__name__}")
+                raise UnsupportedError(f"a nested {type(node).__name__}")
             chain = [node._frozen_transform_groups[group], node._transform_groups[group]]
         children = node._datasets
     elif type(node) is Subset:
@@ -470,7 +100,7 @@ def _parts(node: Any, indices: Indices, positions: Indices, group: str | None) -
     elif type(node) is ConcatDataset:
         children = node.datasets
     elif isinstance(node, (AvalancheDataset, Subset, ConcatDataset)):
-        raise _UnsupportedError(f"a nested {type(node).__name__}")
+        raise UnsupportedError(f"a nested {type(node).__name__}")
     else:
         yield _Part(node, indices, positions, chain)
         return
@@ -494,7 +124,7 @@ def _attribute(attribute: Any) -> Tensor:
             else:
                 values[part.positions] = [int(part.leaf[i]) for i in part.indices.tolist()]
     except (TypeError, ValueError) as error:
-        raise _UnsupportedError(f"the attribute {attribute.name} is not integer") from error
+        raise UnsupportedError(f"the attribute {attribute.name} is not integer") from error
     return torch.from_numpy(values)
 
 
@@ -510,28 +140,21 @@ def _array(leaf: Any) -> Any | None:
     return data if known else None
 
 
-def _channels_first(images: Tensor) -> Tensor:
-    """Return ``[N, H, W]`` or ``[N, H, W, C]`` images as contiguous ``[N, C, H, W]``."""
-    if images.ndim == 3:
-        return images[:, None].contiguous()
-    return images.permute(0, 3, 1, 2).contiguous()
-
-
 def _own_transforms(leaf: Any) -> list[Any]:
     """Return the transforms that a leaf such as a torchvision data set applies itself.
 
-    :raises _UnsupportedError: if it has any and its raw images cannot be reached.
+    :raises UnsupportedError: if it has any and its raw images cannot be reached.
     """
     own = getattr(leaf, "transforms", None)
     if own is None:
         own = TupleTransform(
             [getattr(leaf, "transform", None), getattr(leaf, "target_transform", None)]
         )
-    steps = _flatten(own)
+    steps = unfold_transforms(own)
     if steps and _array(leaf) is None:
-        raise _UnsupportedError(f"{type(leaf).__name__} transforms its images itself")
+        raise UnsupportedError(f"{type(leaf).__name__} transforms its images itself")
     if hasattr(leaf, "ffcv_info"):
-        raise _UnsupportedError("FFCV loads this data set")
+        raise UnsupportedError("FFCV loads this data set")
     # Avalanche's MNIST turns its bytes into a float tensor before any transform.
     return [T.ToTensor(), *steps] if isinstance(leaf, TensorMNIST) else steps
 
@@ -551,7 +174,7 @@ class _Decoder(Dataset[Tensor]):
         array = _array(self.leaf)
         image = self.leaf[index][0] if array is None else Image.fromarray(np.asarray(array[index]))
         if not isinstance(image, Image.Image):
-            raise _UnsupportedError(f"samples of {type(self.leaf).__name__} are not PIL images")
+            raise UnsupportedError(f"samples of {type(self.leaf).__name__} are not PIL images")
         return self.recipe.prepare(image)
 
 
@@ -675,7 +298,7 @@ def _check(
     """Compare samples with the data set's own, random draws included, and leave no trace.
 
     :param samples: the positions of the samples to compare.
-    :raises _UnsupportedError: if a sample differs.
+    :raises UnsupportedError: if a sample differs.
     """
     state = torch.get_rng_state()
     try:
@@ -687,7 +310,7 @@ def _check(
             index = torch.zeros(1, dtype=torch.int64)
             x = recipe.gather(recipe.store(images[i : i + 1]), index, drawn)
             if not _same([x, *(label[i : i + 1] for label in labels)], reference, recipe):
-                raise _UnsupportedError(f"sample {i} differs from the data set's own")
+                raise UnsupportedError(f"sample {i} differs from the data set's own")
     finally:
         torch.set_rng_state(state)
 
@@ -705,27 +328,27 @@ def _make(
 ) -> ResidentLoader:
     """Make the images of a data set resident; see :func:`resident_loader`.
 
-    :raises _UnsupportedError: with the reason, if they cannot be.
+    :raises UnsupportedError: with the reason, if they cannot be.
     """
     if not isinstance(dataset, AvalancheDataset) or not len(dataset):
-        raise _UnsupportedError(f"{type(dataset).__name__} is not an Avalanche data set, or empty")
+        raise UnsupportedError(f"{type(dataset).__name__} is not an Avalanche data set, or empty")
     if dataset.collate_fn is not default_collate:
-        raise _UnsupportedError("a collate function of the data set's own")
+        raise UnsupportedError("a collate function of the data set's own")
     n = len(dataset)
     everything = np.arange(n)
     flat = dataset._flat_data
     parts = list(_parts(flat, everything, everything, flat._transform_groups.current_group))
     recipes = []
     for part in parts:
-        chain = [step for transform in part.chain for step in _flatten(transform)]
-        recipes.append(_parse(_own_transforms(part.leaf) + chain))
+        chain = [step for transform in part.chain for step in unfold_transforms(transform)]
+        recipes.append(parse_chain(_own_transforms(part.leaf) + chain))
     recipe = recipes[0]
     if any(other != recipe for other in recipes[1:]):
-        raise _UnsupportedError("parts of the data set have different transforms")
+        raise UnsupportedError("parts of the data set have different transforms")
     attributes = list(dataset._data_attributes.values())
     targets = [a for a in attributes if a.name == "targets" and not a.use_in_getitem]
     if not targets:
-        raise _UnsupportedError("the data set has no targets")
+        raise UnsupportedError("the data set has no targets")
     labels = [_attribute(a) for a in targets + [a for a in attributes if a.use_in_getitem]]
 
     # One image tells the size, before the memory of all is taken.
@@ -733,27 +356,27 @@ def _make(
     channels, height, width = probe.shape
     size = n * channels * math.prod(recipe.store_size(height, width))
     if size > byte_limit:
-        raise _UnsupportedError(
+        raise UnsupportedError(
             f"{size / 2**20:.0f} MiB of images, over the limit of {byte_limit / 2**20:.0f} MiB"
         )
     images = torch.empty(n, *probe.shape, dtype=torch.uint8)
     for part in parts:
         array = _array(part.leaf)
         if array is not None and not recipe.prefix:
-            chunk = _channels_first(torch.as_tensor(array[part.indices]))
+            chunk = channels_first(torch.as_tensor(array[part.indices]))
             if chunk.shape[1:] != probe.shape:
-                raise _UnsupportedError("images of different sizes")
+                raise UnsupportedError("images of different sizes")
             images[part.positions] = chunk
             continue
         for position, image in decoded.load(part, recipe, num_workers):
             if image.shape != probe.shape:
-                raise _UnsupportedError("images of different sizes")
+                raise UnsupportedError("images of different sizes")
             images[position] = image
     for op in recipe.ops:
         if isinstance(op, RandomCrop) and any(
             have < want for have, want in zip(op.padded_size(height, width), op.size, strict=True)
         ):
-            raise _UnsupportedError("a crop larger than the image")
+            raise UnsupportedError("a crop larger than the image")
         height, width = op.output_size(height, width)
     first_of_leaf = {id(part.leaf): int(part.positions[0]) for part in reversed(parts)}
     _check(dataset, images, labels, recipe, {0, n // 2, n - 1, *first_of_leaf.values()})
@@ -798,7 +421,7 @@ def resident_loader(
             decoded=_DecodedImages(0),
             num_workers=0,
         )
-    except _UnsupportedError as reason:
+    except UnsupportedError as reason:
         logger.debug("no resident loader: %s", reason)
         return None
 
@@ -817,15 +440,15 @@ _AVALANCHE_LOADERS = (
 def _plain(loader: Any) -> tuple[Any, int, bool]:
     """Return a loader's data set, batch size and shuffling, if it does nothing but batch.
 
-    :raises _UnsupportedError: if it mixes groups, samples in its own way or drops samples.
+    :raises UnsupportedError: if it mixes groups, samples in its own way or drops samples.
     """
     name = type(loader).__name__
     if type(loader) in _AVALANCHE_LOADERS:
         if len(loader.datasets) != 1 or loader.never_ending or loader.distributed_sampling:
-            raise _UnsupportedError(f"{name} composes its batches itself")
+            raise UnsupportedError(f"{name} composes its batches itself")
         dataset, options = loader.datasets[0], loader.loader_kwargs
         if options.get("drop_last") or options.get("sampler") or options.get("batch_sampler"):
-            raise _UnsupportedError(f"{name} samples in its own way")
+            raise UnsupportedError(f"{name} samples in its own way")
         collate = options["collate_fn"]
         plain = dataset, loader.batch_sizes[0], bool(options.get("shuffle", False))
     elif type(loader) is DataLoader:
@@ -836,13 +459,13 @@ def _plain(loader: Any) -> tuple[Any, int, bool]:
             and sampler.num_samples == len(sampler.data_source)
         )
         if not once or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
-            raise _UnsupportedError("the DataLoader samples in its own way")
+            raise UnsupportedError("the DataLoader samples in its own way")
         collate = loader.collate_fn
         plain = loader.dataset, loader.batch_size, type(sampler) is RandomSampler
     else:
-        raise _UnsupportedError(f"{name} composes its batches itself")
+        raise UnsupportedError(f"{name} composes its batches itself")
     if collate is not default_collate:
-        raise _UnsupportedError(f"{name} has a collate function of its own")
+        raise UnsupportedError(f"{name} has a collate function of its own")
     return plain
 
 
@@ -937,7 +560,7 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
                 decoded=self._decoded,
                 num_workers=num_workers,
             )
-        except _UnsupportedError as reason:
+        except UnsupportedError as reason:
             if what == "training":  # an evaluation is one pass: there is nothing to keep
                 strategy.dataloader = _keep_workers(strategy.dataloader)
             self._log(logging.WARNING, what, "the strategy's own loader", str(reason))

@@ -1,5 +1,5 @@
-"""MEMO: Zhou et al., "A Model or 603 Exemplars: Towards Memory-Efficient Class-Incremental Learning",
-ICLR 2023."""
+"""MEMO: Zhou et al., "A Model or 603 Exemplars: Towards Memory-Efficient Class-Incremental
+Learning", ICLR 2023."""
 
 from typing import Any
 

@@ -48,7 +48,7 @@ def herding_order(features: Tensor, m: int) -> Tensor:
 
 @torch.no_grad()
 def dataset_features(
-    model: Any, dataset: Any, device: torch.device | str, batch_size: int = 512
+    model: Any, dataset: Any, device: torch.device | str, batch_size: int = 128
 ) -> Tensor:
     """Return the L2-normalised features ``[n, D]`` of a data set, in its order.
 

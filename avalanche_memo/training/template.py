@@ -115,6 +115,9 @@ class IncrementalTemplate(SupervisedTemplate):
     :raises FloatingPointError: if a loss is not finite.
     """
 
+    adapted_dataset: Any
+    dataloader: Any
+
     def __init__(
         self,
         *,

@@ -23,17 +23,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms as T
 
-from avalanche_memo.training.loading import (
+from avalanche_memo.training.batch_transforms import (
     Brightness,
     HorizontalFlip,
     Normalize,
     RandomCrop,
     RandomResizedCrop,
-    ResidentBatches,
-    ResidentLoader,
     parse_transforms,
-    resident_loader,
 )
+from avalanche_memo.training.loading import ResidentBatches, ResidentLoader, resident_loader
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 CIFAR = T.Compose(

@@ -1,0 +1,449 @@
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.core import SupervisedPlugin
+from avalanche.evaluation.metrics import loss_metrics
+from avalanche.training.plugins import EvaluationPlugin
+
+from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.training import DER, MEMO, Finetune, Phase
+from avalanche_memo.training.der import DER_CLASSIFIER, DER_REPRESENTATION
+from avalanche_memo.training.memo import MEMO_FIRST, MEMO_LATER
+from tests.helpers import (
+    APIS,
+    ORDER,
+    assert_same_tensors,
+    make_benchmark,
+    silent,
+    tensors_of,
+    tiny_backbone,
+)
+
+FAST = pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+
+
+def sgd(model: torch.nn.Module, lr: float = 0.05) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+
+
+def make(strategy: Any, shared_stages: int, *plugins: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = ExpandableNetwork(tiny_backbone, shared_stages)
+    memory = {} if strategy is Finetune else {"mem_size": 20}
+    return strategy(
+        model=model,
+        optimizer=sgd(model),
+        train_mb_size=6,
+        plugins=list(plugins),
+        evaluator=silent(),
+        **{"fast": False, **memory, **options},
+    )
+
+
+class Record(SupervisedPlugin):
+    """Writes down the optimizer's settings at each epoch's first step, by experience."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates: list[list[float]] = []
+        self.decays: list[list[float]] = []
+        self.fresh: list[list[bool]] = []
+
+    def before_training_exp(self, strategy, **kwargs):
+        for kind in (self.rates, self.decays, self.fresh):
+            kind.append([])
+
+    def before_training_iteration(self, strategy, **kwargs):
+        if strategy.clock.train_epoch_iterations == 0:
+            (group,) = strategy.optimizer.param_groups
+            self.rates[-1].append(group["lr"])
+            self.decays[-1].append(group["weight_decay"])
+            self.fresh[-1].append(not strategy.optimizer.state)
+
+
+# --- phases -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"epochs": 0}, "epochs: expected a number of at least 1, got 0"),
+        ({"lr": 0.0}, "lr: expected a positive rate or None, got 0.0"),
+        ({"lr": -1.0}, "lr: .*got -1.0"),
+        ({"weight_decay": -1e-4}, "weight_decay: .*got -0.0001"),
+        ({"milestones": (3, 2)}, r"milestones: expected rising epoch numbers.*got \(3, 2\)"),
+        ({"milestones": (2, 2)}, "milestones: "),
+        ({"milestones": (0,)}, "milestones: "),
+        ({"milestones": (2,), "cosine": True}, "milestones: expected none beside cosine"),
+        ({"warmup_epochs": -1}, "warmup_epochs: .*got -1"),
+        ({"learns": "head"}, "learns: expected 'all' or 'classifier', got head"),
+        ({"data": "some"}, "data: expected 'all' or 'balanced', got some"),
+        ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+    ],
+)
+def test_a_phase_refuses_wrong_values(options, named):
+    with pytest.raises(ValueError, match=named):
+        Phase(**{"epochs": 5, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({}, [0.05] * 5),
+        ({"lr": 0.2}, [0.2] * 5),
+        ({"lr": 1.0, "milestones": (2, 4)}, [1, 1, 0.1, 0.1, 0.01]),
+        ({"milestones": (1,), "gamma": 0.5}, [0.05, 0.025, 0.025, 0.025, 0.025]),
+        (
+            {"lr": 1.0, "cosine": True, "epochs": 4},
+            [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2],
+        ),
+        ({"lr": 0.4, "warmup_epochs": 4}, [0.1, 0.2, 0.3, 0.4, 0.4]),
+        ({"lr": 0.4, "warmup_epochs": 2, "milestones": (3,)}, [0.2, 0.4, 0.4, 0.04, 0.04]),
+    ],
+)
+def test_learning_rates_of_a_phase(options, rates):
+    record = Record()
+    phase = Phase(**{"epochs": 5, **options})
+    strategy = make(MEMO, 2, record, first_phases=[phase], later_phases=[phase])
+    for experience in make_benchmark().train_stream[:2]:
+        strategy.train(experience)
+    assert len(record.rates) == 2
+    for found in record.rates:
+        assert found == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("phase", "epochs", "rates", "weight_decay"),
+    # Epoch: rate, as the published schedules say.
+    [
+        (MEMO_FIRST, 200, {0: 0.1, 59: 0.1, 60: 1e-2, 120: 1e-3, 170: 1e-4, 199: 1e-4}, 5e-4),
+        (MEMO_LATER, 170, {0: 0.1, 79: 0.1, 80: 1e-2, 120: 1e-3, 150: 1e-4, 169: 1e-4}, 2e-4),
+        (
+            DER_REPRESENTATION,
+            170,
+            {0: 0.01, 9: 0.1, 10: 0.1, 99: 0.1, 100: 1e-2, 120: 1e-3, 169: 1e-3},
+            5e-4,
+        ),
+        (DER_CLASSIFIER, 30, {0: 0.1, 14: 0.1, 15: 1e-2, 29: 1e-2}, 5e-4),
+    ],
+)
+def test_published_schedules(phase, epochs, rates, weight_decay):
+    assert phase.epochs == epochs
+    assert phase.weight_decay == weight_decay
+    assert {epoch: phase.rate(epoch, phase.lr) for epoch in rates} == pytest.approx(rates)
+
+
+def test_the_optimizer_starts_afresh_at_each_phase():
+    record = Record()
+    first = [Phase(2, lr=0.3, weight_decay=0.1, milestones=(1,)), Phase(1)]
+    later = [Phase(1, lr=0.2), Phase(2, weight_decay=0.0)]
+    strategy = make(MEMO, 2, record, first_phases=first, later_phases=later)
+    optimizer = strategy.optimizer
+    for experience in make_benchmark().train_stream[:3]:
+        strategy.train(experience)
+    assert record.rates == [pytest.approx([0.3, 0.03, 0.05])] + 2 * [[0.2, 0.05, 0.05]]
+    assert record.decays == [[0.1, 0.1, 5e-4]] + 2 * [[5e-4, 0.0, 0.0]]
+    assert record.fresh == [[True, False, True]] + 2 * [[True, True, False]]
+    assert strategy.optimizer is optimizer
+
+
+def test_each_phase_has_as_many_epochs_as_it_says():
+    class Epochs(SupervisedPlugin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.epochs: list[list[int]] = []
+
+        def before_training_exp(self, strategy, **kwargs):
+            self.epochs.append([])
+
+        def before_training_epoch(self, strategy, **kwargs):
+            self.epochs[-1].append(strategy.phase_index)
+
+    epochs = Epochs()
+    phases = [Phase(2), Phase(1), Phase(3)]
+    strategy = make(MEMO, 2, epochs, first_phases=[Phase(1)], later_phases=phases)
+    for experience in make_benchmark().train_stream[:3]:
+        strategy.train(experience)
+    assert epochs.epochs == [[0], [0, 0, 1, 2, 2, 2], [0, 0, 1, 2, 2, 2]]
+
+
+def test_without_phases_an_experience_has_train_epochs_epochs():
+    record = Record()
+    strategy = make(MEMO, 2, record, train_epochs=3)
+    for experience in make_benchmark().train_stream[:2]:
+        strategy.train(experience)
+    assert record.rates == [[0.05] * 3] * 2
+
+
+def test_an_early_stop_ends_a_phase_and_not_the_next():
+    class Stop(SupervisedPlugin):
+        def after_training_epoch(self, strategy, **kwargs):
+            if strategy.phase_index == 0:
+                strategy.stop_training()
+
+    record = Record()
+    phases = [Phase(4), Phase(3, lr=0.3)]
+    strategy = make(MEMO, 2, record, Stop(), first_phases=phases)
+    strategy.train(make_benchmark().train_stream[0])
+    assert record.rates == [[0.05, 0.3, 0.3, 0.3]]
+
+
+# --- DER's second phase -------------------------------------------------------------------------
+
+
+class SecondPhase(SupervisedPlugin):
+    """Writes down how the second phase of each experience begins, and what it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: dict[str, torch.Tensor] = {}
+        self.end_of_first: torch.Tensor = torch.empty(0)
+        self.counts: list[Counter] = []
+        self.losses: list[tuple] = []
+        self.learning: list[str] = []
+
+    def before_training_epoch(self, strategy, **kwargs):
+        if strategy.phase_index == 1:
+            self.counts.append(Counter())
+            if not self.before:
+                self.before = tensors_of(strategy.model)
+
+    def after_training_epoch(self, strategy, **kwargs):
+        if strategy.phase_index == 0:
+            self.end_of_first = strategy.model.classifier.weight.detach().clone()
+
+    def before_backward(self, strategy, **kwargs):
+        if strategy.phase_index == 1:
+            self.counts[-1].update(strategy.mb_y.tolist())
+            logits, targets = strategy.mb_output.detach().clone(), strategy.mb_y.clone()
+            self.losses.append((strategy.loss.item(), logits, targets))
+
+    def after_backward(self, strategy, **kwargs):
+        if strategy.phase_index == 1:
+            self.learning = [n for n, p in strategy.model.named_parameters() if p.grad is not None]
+
+
+CLASSIFIER = Phase(
+    2,
+    lr=0.1,
+    learns="classifier",
+    data="balanced",
+    temperature=5.0,
+    reset_classifier=True,
+)
+
+
+def der(*plugins: Any, classifier: Phase = CLASSIFIER, **options: Any) -> Any:
+    return make(DER, 0, *plugins, later_phases=[Phase(2), classifier], **options)
+
+
+@FAST
+@pytest.mark.parametrize("api", APIS)
+def test_the_second_phase_changes_the_classifier_alone(api, fast):
+    second = SecondPhase()
+    strategy = der(second, fast=fast)
+    stream = make_benchmark(api).train_stream
+    strategy.train(stream[0])
+    assert not second.before  # the first experience has one phase
+    strategy.train(stream[1])
+    after = tensors_of(strategy.model)
+    changed = {name for name in after if not torch.equal(after[name], second.before[name])}
+    assert changed == {name for name in after if name.startswith("classifier.")}
+    assert set(second.learning) == changed
+    # And then all goes on learning.
+    assert all(p.requires_grad for p in strategy.model.specialized[-1].parameters())
+    assert not any(p.requires_grad for p in strategy.model.specialized[0].parameters())
+    strategy.train(stream[2])
+    assert not any(p.requires_grad for p in strategy.model.specialized[1].parameters())
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_classifier_starts_afresh_on_demand(reset):
+    second = SecondPhase()
+    strategy = der(second, classifier=Phase(1, learns="classifier", reset_classifier=reset))
+    for experience in make_benchmark().train_stream[:2]:
+        strategy.train(experience)
+    weights = [n for n in second.before if n.startswith("classifier.weights")]
+    start = torch.cat([second.before[name] for name in weights], dim=1)
+    assert start.shape == second.end_of_first.shape
+    if reset:
+        assert not (start == second.end_of_first).any()
+        assert start.abs().max() <= 1 / math.sqrt(12)  # as a fresh nn.Linear
+    else:
+        assert torch.equal(start, second.end_of_first)
+
+
+@FAST
+@pytest.mark.parametrize("labels", [False, True], ids=["no task labels", "task labels"])
+def test_the_second_phase_has_as_many_samples_of_each_class(labels, fast):
+    second = SecondPhase()
+    benchmark = make_benchmark(
+        experiences=3, per_class=9, task_labels=labels, per_exp_classes={0: 6, 1: 2, 2: 2}
+    )
+    strategy = der(second, fast=fast, exemplars_per_class=4)
+    strategy.train(benchmark.train_stream[0])
+    for experience, seen in zip(benchmark.train_stream[1:], (8, 10), strict=True):
+        second.counts.clear()
+        strategy.train(experience)
+        assert second.counts == [dict.fromkeys(ORDER[:seen], 4)] * 2
+
+
+@FAST
+def test_temperature_divides_the_logits_in_the_loss(fast):
+    second = SecondPhase()
+    strategy = der(second, fast=fast)
+    for experience in make_benchmark().train_stream[:2]:
+        strategy.train(experience)
+    assert second.losses
+    for loss, logits, targets in second.losses:
+        # No auxiliary loss either: what it would train is frozen.
+        assert loss == pytest.approx(F.cross_entropy(logits / 5, targets).item(), rel=1e-5)
+        assert loss != pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-3)
+
+
+def test_evaluation_has_no_temperature():
+    evaluator = EvaluationPlugin(loss_metrics(stream=True), loggers=[])
+    torch.manual_seed(0)
+    model = ExpandableNetwork(tiny_backbone, 2)
+    strategy = MEMO(
+        model=model,
+        optimizer=sgd(model),
+        train_mb_size=6,
+        first_phases=[Phase(2, temperature=5.0)],
+        evaluator=evaluator,
+        fast=False,
+    )
+    benchmark = make_benchmark()
+    strategy.train(benchmark.train_stream[0])
+    (loss,) = strategy.eval(benchmark.test_stream[:1]).values()
+    x, y = zip(*((x, y) for x, y, _ in benchmark.test_stream[0].dataset.eval()), strict=True)
+    with torch.no_grad():
+        logits = model.eval()(torch.stack(x))
+    expected = F.cross_entropy(logits, torch.tensor(y)).item()
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+# --- periodic evaluation ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("eval_every", "first", "later"),
+    # Before training; after epochs 0, k, 2k, ... of 2 and of 2 + 3; and at the end of training
+    # unless the last epoch has just been evaluated.
+    [
+        (-1, 0, 0),
+        (0, 2, 2),
+        (1, 3, 6),
+        (2, 3, 4),
+        (3, 3, 4),
+    ],
+)
+def test_periodic_evaluation_counts_epochs_through_the_phases(eval_every, first, later):
+    class Count(SupervisedPlugin):
+        evaluations = 0
+
+        def before_eval(self, strategy, **kwargs):
+            self.evaluations += 1
+
+    count = Count()
+    strategy = make(
+        DER,
+        0,
+        count,
+        first_phases=[Phase(2)],
+        later_phases=[Phase(2), Phase(3, learns="classifier", data="balanced")],
+        eval_every=eval_every,
+    )
+    benchmark = make_benchmark()
+    for experience, expected in zip(benchmark.train_stream[:3], (first, later, later), strict=True):
+        count.evaluations = 0
+        strategy.train(experience, eval_streams=[benchmark.test_stream])
+        assert count.evaluations == expected
+
+
+def test_evaluation_between_epochs_changes_no_weight():
+    """Bit for bit on the fast path, whose evaluation draws no random numbers."""
+    states = []
+    for eval_every in (-1, 1):
+        strategy = der(eval_every=eval_every, fast=True)
+        benchmark = make_benchmark()
+        for experience in benchmark.train_stream[:2]:
+            strategy.train(experience, eval_streams=[benchmark.test_stream[:2]])
+        states.append(tensors_of(strategy.model))
+    assert_same_tensors(states[0], states[1])
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+@FAST
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_loss_that_is_not_finite_stops_training(value, fast):
+    class Spoil(SupervisedPlugin):
+        def before_backward(self, strategy, **kwargs):
+            clock = strategy.clock
+            place = (clock.train_exp_counter, clock.train_exp_epochs, clock.train_epoch_iterations)
+            if place in {(1, 2, 1), (1, 2, 2)}:
+                strategy.loss = strategy.loss + value
+
+    strategy = make(MEMO, 2, Spoil(), train_epochs=4, fast=fast)
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    message = "loss: not finite in experience 1, epoch 2, step 1"
+    with pytest.raises(FloatingPointError, match=message):
+        strategy.train(stream[1])
+
+
+@pytest.mark.parametrize(("strategy", "shared_stages"), [(MEMO, 2), (DER, 0), (Finetune, 3)])
+def test_an_experience_without_data_is_refused(strategy, shared_stages):
+    trainer = make(strategy, shared_stages)
+    full = make_benchmark().train_stream[0].dataset
+    stream = benchmark_from_datasets(train=[full, full.subset([])]).train_stream
+    message = "experience: expected data to train on, experience 1 has none"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(stream[1])
+    assert not trainer.model.classes
+
+
+def test_two_parameter_groups_are_refused():
+    model = ExpandableNetwork(tiny_backbone, 2)
+    groups = [{"params": model.generalized.parameters()}, {"params": model.classifier.parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(ValueError, match="optimizer: expected one parameter group, got 2"):
+        MEMO(model=model, optimizer=optimizer)
+
+
+def test_parameters_that_the_user_froze_stay_frozen():
+    strategy = der()
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    strategy.train(stream[1])
+    norm = strategy.model.specialized[-1][0][1]
+    norm.requires_grad_(False)
+    before = norm.weight.clone()
+    strategy.train(stream[1])
+    assert torch.equal(norm.weight, before)
+    assert not norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_other_optimizers(optimizer):
+    torch.manual_seed(0)
+    model = ExpandableNetwork(tiny_backbone, 0)
+    strategy = DER(
+        model=model,
+        optimizer=optimizer(model.parameters(), lr=0.01),
+        later_phases=[Phase(1), CLASSIFIER],
+        mem_size=20,
+        train_mb_size=6,
+        evaluator=silent(),
+    )
+    for experience in make_benchmark().train_stream[:3]:
+        strategy.train(experience)
+    assert isinstance(strategy.optimizer, optimizer)
+    assert all(p.isfinite().all() for p in model.parameters())
