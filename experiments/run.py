@@ -76,7 +76,13 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         log.warning(message)
     if refused and state is None:
         raise RuntimeError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
-    checkpoint.extra = checkpoint.extra or {"rows": []}
+    threads = torch.get_num_threads()
+    checkpoint.extra = checkpoint.extra or {"rows": [], "threads": threads}
+    if checkpoint.extra["threads"] != threads:
+        log.warning(
+            "%s: begun with %d threads, goes on with %d; the last digits may differ",
+            *(folder, checkpoint.extra["threads"], threads),
+        )
 
     progress = ProgressBar(config.method, _images_per_epoch(config, train))
     logger = TensorboardLogger(str(folder / "tensorboard"))

@@ -1,0 +1,290 @@
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from avalanche_memo.training import Phase
+from experiments.config import Config, parse
+from experiments.figures import accuracy_figure, accuracy_table
+from experiments.run import main, run
+
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+SHORT = [
+    "--against=[]",
+    "--classes=6",
+    '--first=[{"epochs": 2}]',
+    '--later=[{"epochs": 2}, {"epochs": 1, "learns": "classifier", "data": "balanced"}]',
+]
+
+
+def short(folder: Path, **changes) -> Config:
+    return replace(parse([*SHORT, "--run_folder", str(folder)]), **changes)
+
+
+def without_times(folder: Path) -> dict:
+    results = json.loads((folder / "results.json").read_text())
+    assert {"train", "eval"} == set(results.pop("seconds"))
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(short(folder))
+    return folder
+
+
+def test_a_run_folder_holds_what_a_user_reads(finished):
+    results = without_times(finished)
+    assert results["classes"] == [[0, 1], [2, 3], [4, 5]]
+    for readout in ("cnn", "nme"):
+        matrix = np.array(results[readout]["matrix"], dtype=float)
+        assert matrix.shape == (3, 3)
+        assert np.array_equal(np.isnan(matrix), np.triu(np.ones((3, 3), bool), 1))
+        assert results[readout]["average"] == pytest.approx(np.mean(results[readout]["accuracy"]))
+        assert results[readout]["last"] == results[readout]["accuracy"][-1] > 0.5
+    assert (finished / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert parse(["--config", str(finished / "config.yaml")]).identity() == results["config"]
+
+
+def test_bytes_are_those_of_the_published_accounting(finished):
+    results = without_times(finished)
+    # ResNet-8 on one channel: convolutions and BatchNorms by hand; the head grows with both.
+    conv = lambda i, o: 9 * i * o + 2 * o  # noqa: E731
+    shared = conv(1, 16) + 2 * conv(16, 16) + conv(16, 32) + conv(32, 32)
+    block = conv(32, 64) + conv(64, 64)
+    for i, memory in enumerate(results["bytes"], start=1):
+        head = 2 * i * 64 * i + 2 * i
+        assert memory["parameter_bytes"] == 4 * (shared + i * block + head)
+        assert memory["exemplar_bytes"] == 200 // (2 * i) * (2 * i) * 64
+
+
+def test_every_value_is_in_tensorboard(finished):
+    events = EventAccumulator(str(finished / "tensorboard")).Reload()
+    results = without_times(finished)
+    for name, values in {
+        "Top1_Acc_CNN_Stream/eval_phase/test_stream": results["cnn"]["accuracy"],
+        "Top1_Acc_NME_Stream/eval_phase/test_stream": results["nme"]["accuracy"],
+        "StreamForgetting/eval_phase/test_stream": results["stream_forgetting"],
+        "ExemplarMemory_MB/eval_phase/test_stream": [
+            memory["exemplar_bytes"] / 2**20 for memory in results["bytes"]
+        ],
+    }.items():
+        assert [e.value for e in events.Scalars(name)] == pytest.approx(values, rel=1e-6)
+    assert len(events.Scalars("Loss_Epoch/train_phase/train_stream/Task000")) == 2 + 3 + 3
+
+
+def test_a_finished_run_is_not_repeated(finished):
+    before = (finished / "results.json").stat().st_mtime_ns
+    run(short(finished))
+    assert (finished / "results.json").stat().st_mtime_ns == before
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
+    run(short(tmp_path / "again"))
+    run(short(tmp_path / "other", seed=1))
+    assert without_times(tmp_path / "again") == without_times(finished)
+    assert without_times(tmp_path / "other")["cnn"] != without_times(finished)["cnn"]
+
+
+@pytest.mark.parametrize("epochs_seen", [1, 3, 6])
+def test_a_run_killed_outright_goes_on_to_the_same_numbers(finished, tmp_path, epochs_seen):
+    folder = tmp_path / "killed"
+    # Slowed down after each epoch, so that the kill falls where the parameter says.
+    program = (
+        "import sys, time, torch\n"
+        # Sums are rounded differently by another number of threads.
+        f"torch.set_num_threads({torch.get_num_threads()})\n"
+        "from avalanche_memo.training.checkpoint import Checkpoint\n"
+        "save, count = Checkpoint.save, [0]\n"
+        "def slow(self, strategy):\n"
+        "    save(self, strategy); count[0] += 1\n"
+        f"    if count[0] == {epochs_seen}: print('here', flush=True); time.sleep(600)\n"
+        "Checkpoint.save = slow\n"
+        "from experiments.run import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    arguments = [*SHORT, "--run_folder", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder / "checkpoint.pt.part").write_bytes(b"half a file")
+    main(["--resume", str(folder)])
+    assert without_times(folder) == without_times(finished)
+
+
+def test_a_truncated_checkpoint_is_refused_and_the_previous_one_used(finished, tmp_path, caplog):
+    folder = tmp_path / "truncated"
+    config = short(folder)
+    stop_after(config, epochs=4)
+    newest = folder / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    run(config)
+    assert "checkpoint.pt: refused" in caplog.text
+    assert without_times(folder) == without_times(finished)
+
+
+def test_without_a_whole_checkpoint_nothing_is_overwritten(tmp_path):
+    config = short(tmp_path / "damaged")
+    stop_after(config, epochs=2)
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        torch.save({"format": "something else"}, tmp_path / "damaged" / name)
+    with pytest.raises(RuntimeError, match="no checkpoint is usable; remove the folder"):
+        run(config)
+
+
+def stop_after(config: Config, epochs: int) -> None:
+    from avalanche_memo.training.checkpoint import Checkpoint
+
+    class StopError(Exception):
+        pass
+
+    save, saved = Checkpoint.save, []
+
+    def stopping(self, strategy):
+        save(self, strategy)
+        saved.append(1)
+        if len(saved) == epochs:
+            raise StopError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "save", stopping)
+        with pytest.raises(StopError):
+            run(config)
+
+
+def test_a_folder_of_another_configuration_is_refused(finished):
+    with pytest.raises(ValueError, match=r"run_folder: .*mem_size: 200 there, 100 here"):
+        run(short(finished, mem_size=100))
+
+
+def test_two_processes_do_not_share_a_folder(finished):
+    program = f"import fcntl, time; f = open({str(finished / '.lock')!r}, 'w'); "
+    program += "fcntl.flock(f, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(RuntimeError, match="another process is running in this folder"):
+            run(short(finished))
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_methods_are_compared_in_one_figure_and_table(tmp_path, capsys):
+    main([*SHORT, "--against=[finetune]", "--run_folder", str(tmp_path / "pair")])
+    printed = capsys.readouterr().out
+    assert "| MEMO (CNN)" in printed
+    assert "| MEMO (NME)" in printed
+    assert "| Finetune (CNN)" in printed
+    assert (tmp_path / "pair-finetune" / "results.json").exists()
+
+
+def test_table_and_figure_show_the_numbers_of_the_results(finished, tmp_path):
+    results = json.loads((finished / "results.json").read_text())
+    row = next(line for line in accuracy_table([results]).splitlines() if "(NME)" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:5] == [
+        f"{100 * v:.2f}" for v in [*results["nme"]["accuracy"], results["nme"]["average"]]
+    ]
+    accuracy_figure([results], tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mem_sizes=3"], "nearest known key is 'mem_size'"),
+        (["--method=memoo"], "memoo"),
+        (['--first=[{"epoch": 3}]'], "epoch"),
+        (["--resume=nowhere"], "expected a run folder with a config.yaml, got nowhere"),
+    ],
+)
+def test_unknown_configuration_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("backbonne: resnet32\n")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(path)])
+    assert "nearest known key is 'backbone'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mem_size": 5}, ValueError, "mem_size: expected at least one exemplar for each of 6"),
+        ({"backbone": "resnet33"}, ValueError, "depth"),
+        ({"backbone": "vgg"}, ValueError, "backbone: expected .* got vgg"),
+        ({"shared_stages": 7}, ValueError, "shared_stages: expected 0 to 3"),
+        ({"shared_stages": 0}, ValueError, "MEMO expected a network with shared_stages 1 or 2"),
+        ({"increment": 4}, ValueError, "increment: expected a divisor"),
+        ({"benchmark": "cifar100", "data_root": "nowhere"}, FileNotFoundError, "download=True"),
+        ({"benchmark": "image_folder", "data_root": "nowhere"}, FileNotFoundError, "train"),
+    ],
+)
+def test_bad_input_is_refused_before_training(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        run(short(tmp_path / "bad", **changes))
+    assert not (tmp_path / "bad" / "checkpoint.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    config = short(tmp_path / "nan", later=[Phase(2, lr=1e30)])
+    with pytest.raises(FloatingPointError, match=r"experience 1, epoch \d, step \d"):
+        run(config)
+    state = torch.load(tmp_path / "nan" / "checkpoint.pt", weights_only=True)["state"]
+    assert state["clock"]["train_exp_counter"] == 1
+
+
+def test_the_shipped_configurations_are_the_published_protocol():
+    config = parse(["--config", str(CONFIGS / "memo_cifar100_b0_inc10.yaml")])
+    assert (config.base, config.increment, config.batch_size) == (0, 10, 128)
+    assert config.first == [Phase(200, 0.1, 5e-4, (60, 120, 170))]
+    assert config.later == [Phase(170, 0.1, 2e-4, (80, 120, 150))]
+    parse(["--config", str(CONFIGS / "memo_cifar100_b0_inc10_short.yaml")])
+
+
+@pytest.mark.parametrize("method", ["memo", "der", "replay"])
+def test_real_cifar_100(cifar100_root, tmp_path, method):
+    results = run(
+        parse(
+            [
+                *(f"--method={method}", "--against=[]", "--benchmark=cifar100", "--increment=2"),
+                *("--classes=4", "--samples_per_class=100", "--backbone=resnet8", "--mem_size=80"),
+                *('--first=[{"epochs": 2}]', '--later=[{"epochs": 2}]'),
+                *("--data_root", str(cifar100_root), "--run_folder", str(tmp_path / method)),
+            ]
+        )
+    )
+    assert results["bytes"][-1]["exemplar_bytes"] == 80 * 3072
+    assert results["cnn"]["accuracy"][0] > 0.5
+
+
+def test_real_images_in_a_folder(imagenet_mini_root, tmp_path):
+    results = run(
+        parse(
+            [
+                *("--against=[]", "--benchmark=image_folder", "--increment=2", "--classes=4"),
+                *("--image_size=64", "--backbone=imagenet_resnet10", "--mem_size=40"),
+                *('--first=[{"epochs": 1}]', '--later=[{"epochs": 1}]'),
+                *("--data_root", str(imagenet_mini_root), "--run_folder", str(tmp_path / "folder")),
+            ]
+        )
+    )
+    assert [len(classes) for classes in results["classes"]] == [2, 2]
+    assert results["bytes"][-1]["exemplar_bytes"] == 40 * 64 * 64 * 3

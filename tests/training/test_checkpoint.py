@@ -1,0 +1,388 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.training import DER, MEMO, Phase, Replay
+from avalanche_memo.training.checkpoint import Checkpoint, restore
+from avalanche_memo.training.plugins import HerdingReplayPlugin
+from tests.helpers import (
+    ORDER,
+    assert_same_tensors,
+    make_benchmark,
+    silent,
+    tensors_of,
+    tiny_backbone,
+)
+
+EXPERIENCES = 3
+FIRST = Phase(2, milestones=(1,))
+LATER = (
+    Phase(2, lr=0.04, warmup_epochs=2),
+    Phase(
+        2,
+        lr=0.1,
+        milestones=(1,),
+        learns="classifier",
+        data="balanced",
+        temperature=5.0,
+        reset_classifier=True,
+    ),
+)
+METHODS = {"DER": (DER, 0), "MEMO": (MEMO, 2), "Replay": (Replay, 3)}
+
+
+class Draw(SupervisedPlugin):
+    """Uses every random number generator, as augmentations do."""
+
+    def before_training_iteration(self, strategy, **kwargs):
+        scale = 1 + 0.1 * (random.random() + np.random.random() + float(torch.rand(())))  # noqa: NPY002
+        strategy.mbatch[0] = strategy.mbatch[0] * scale
+
+
+class StoppedError(Exception):
+    """What the interruption raises."""
+
+
+class Interrupt(SupervisedPlugin):
+    """Stops the run when an event has come up n times."""
+
+    def __init__(self, event: str, n: int, kill: bool = False) -> None:
+        super().__init__()
+        self.left, self.kill = n, kill
+        setattr(self, event, self._count)
+
+    def _count(self, strategy, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            if self.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise StoppedError
+
+
+def make(path: Path, *plugins: Any, method: str = "DER", seed: int = 0, fast: bool = False) -> Any:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+    strategy, shared_stages = METHODS[method]
+    model = ExpandableNetwork(tiny_backbone, shared_stages)
+    return strategy(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
+        mem_size=20,
+        train_mb_size=6,
+        first_phases=[FIRST],
+        later_phases=LATER,
+        plugins=[Draw(), *plugins],
+        evaluator=silent(),
+        fast=fast,
+        checkpoint=Checkpoint(path, "tiny run"),
+    )
+
+
+def go_on(strategy: Any, stream: Any, *, save_between: bool = False) -> None:
+    for experience in stream[strategy.clock.train_exp_counter : EXPERIENCES]:
+        strategy.train(experience)
+        if save_between:
+            strategy.checkpoint.save(strategy)
+
+
+def resume(path: Path, **options: Any) -> Any:
+    """A fresh strategy, from another seed, put into the state of the file."""
+    strategy = make(path, seed=99, **options)
+    state, refused = strategy.checkpoint.load()
+    assert state is not None
+    assert refused == []
+    restore(strategy, state, make_benchmark().train_stream)
+    return strategy
+
+
+def outcome(strategy: Any) -> dict[str, Any]:
+    """All that a run ends with."""
+    x = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    (replay,) = [p for p in strategy.plugins if isinstance(p, HerdingReplayPlugin)]
+    clock = strategy.clock
+    return {
+        "tensors": tensors_of(strategy.model),
+        "predictions": strategy.model.eval()(x).detach(),
+        "classes": strategy.model.classes,
+        "exemplars": [(c, order.tolist()) for c, order in replay.buffer.order.items()],
+        "steps": (clock.train_iterations, clock.train_exp_counter),
+        "random": (torch.rand(()).item(), np.random.random(), random.random()),  # noqa: NPY002
+    }
+
+
+def assert_same_outcome(ours: dict[str, Any], others: dict[str, Any]) -> None:
+    assert_same_tensors(ours["tensors"], others["tensors"])
+    assert torch.equal(ours["predictions"], others["predictions"])
+    for part in ("classes", "exemplars", "steps", "random"):
+        assert ours[part] == others[part]
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory) -> Any:
+    """What an uninterrupted run ends with, by method and path."""
+    known: dict[tuple[str, bool], dict[str, Any]] = {}
+
+    def run(method: str = "DER", fast: bool = False) -> dict[str, Any]:
+        if (method, fast) not in known:
+            path = tmp_path_factory.mktemp("whole") / "run.pt"
+            strategy = make(path, method=method, fast=fast)
+            go_on(strategy, make_benchmark().train_stream)
+            known[method, fast] = outcome(strategy)
+        return known[method, fast]
+
+    return run
+
+
+def interrupted(path: Path, event: str, n: int, *, save_between: bool = False, **options) -> None:
+    strategy = make(path, Interrupt(event, n), **options)
+    with pytest.raises(StoppedError):
+        go_on(strategy, make_benchmark().train_stream, save_between=save_between)
+
+
+# Epochs 1 and 2 are experience 0; 3 and 4, then 5 and 6, the two phases of experience 1; and so on.
+# The first epoch to come up after a checkpoint is the second.
+@pytest.mark.parametrize("epoch", range(2, 11))
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+def test_goes_on_from_any_epoch(epoch, fast, tmp_path, whole_runs):
+    path = tmp_path / "run.pt"
+    interrupted(path, "before_training_epoch", epoch, fast=fast)
+    strategy = resume(path, fast=fast)
+    go_on(strategy, make_benchmark().train_stream)
+    assert_same_outcome(outcome(strategy), whole_runs(fast=fast))
+
+
+@pytest.mark.parametrize("method", ["MEMO", "Replay"])
+@pytest.mark.parametrize("epoch", [4, 6, 8])
+def test_other_methods_go_on(method, epoch, tmp_path, whole_runs):
+    path = tmp_path / "run.pt"
+    interrupted(path, "before_training_epoch", epoch, method=method)
+    strategy = resume(path, method=method)
+    go_on(strategy, make_benchmark().train_stream)
+    assert_same_outcome(outcome(strategy), whole_runs(method))
+
+
+@pytest.mark.parametrize(
+    ("event", "n"),
+    [
+        ("after_update", 5),  # amid an epoch
+        ("after_update", 20),
+        ("after_training_epoch", 4),  # before the epoch is saved
+        ("after_training_exp", 1),  # after the last epoch, with exemplars chosen or not
+        ("after_training_exp", 2),
+        ("before_training_exp", 3),
+    ],
+)
+@pytest.mark.parametrize("save_between", [False, True])
+def test_goes_on_from_any_place(event, n, save_between, tmp_path, whole_runs):
+    path = tmp_path / "run.pt"
+    interrupted(path, event, n, save_between=save_between)
+    strategy = resume(path)
+    go_on(strategy, make_benchmark().train_stream, save_between=save_between)
+    assert_same_outcome(outcome(strategy), whole_runs())
+
+
+def test_goes_on_after_several_interruptions(tmp_path, whole_runs):
+    path = tmp_path / "run.pt"
+    interrupted(path, "before_training_epoch", 2)
+    for event, n in (("after_update", 9), ("before_training_epoch", 3), ("after_update", 7)):
+        strategy = make(path, Interrupt(event, n), seed=n)
+        state, _ = strategy.checkpoint.load()
+        restore(strategy, state, make_benchmark().train_stream)
+        with pytest.raises(StoppedError):
+            go_on(strategy, make_benchmark().train_stream)
+    strategy = resume(path)
+    go_on(strategy, make_benchmark().train_stream)
+    assert_same_outcome(outcome(strategy), whole_runs())
+
+
+def test_does_no_epoch_twice(tmp_path):
+    path = tmp_path / "run.pt"
+    interrupted(path, "before_training_epoch", 6)
+    # The sixth to the tenth are left; an eleventh would be one too many.
+    interrupt = Interrupt("before_training_epoch", 6)
+    strategy = make(path, interrupt)
+    state, _ = strategy.checkpoint.load()
+    restore(strategy, state, make_benchmark().train_stream)
+    go_on(strategy, make_benchmark().train_stream)
+    assert interrupt.left == 1
+
+
+def be_killed(path: str, steps: int) -> None:
+    """Run until SIGKILL; called in a process of its own."""
+    torch.set_num_threads(1)
+    strategy = make(Path(path), Interrupt("after_update", steps, kill=True))
+    go_on(strategy, make_benchmark().train_stream)
+
+
+def test_goes_on_after_a_kill(tmp_path, whole_runs):
+    path = tmp_path / "run.pt"
+    call = f"from tests.training.test_checkpoint import be_killed; be_killed({str(path)!r}, 24)"
+    root = Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", call], cwd=root, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    strategy = resume(path)
+    assert strategy.clock.train_exp_counter == 1
+    go_on(strategy, make_benchmark().train_stream)
+    assert_same_outcome(outcome(strategy), whole_runs())
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A checkpoint of experience 1 and its predecessor."""
+    path = tmp_path / "folder" / "run.pt"
+    interrupted(path, "before_training_epoch", 4)
+    return path
+
+
+def previous(path: Path) -> Path:
+    return path.with_name(path.name + ".previous")
+
+
+def epoch_of(state: dict[str, Any]) -> tuple[int, int]:
+    return state["clock"]["train_exp_counter"], state["phase"]["epoch"]
+
+
+def test_holds_tensors_and_plain_data(saved):
+    def check(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                assert type(key) in (str, int)
+                check(entry)
+        elif isinstance(value, (list, tuple)):
+            for entry in value:
+                check(entry)
+        else:
+            assert isinstance(value, (Tensor, str, int, float, bool, type(None)))
+
+    for path in (saved, previous(saved)):
+        check(torch.load(path, weights_only=True))
+
+
+def test_keeps_the_newest_and_the_one_before(saved):
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["run.pt", "run.pt.previous"]
+    state, refused = Checkpoint(saved, "tiny run").load()
+    assert refused == []
+    assert epoch_of(state) == (1, 1)
+    os.replace(previous(saved), saved)
+    state, _ = Checkpoint(saved, "tiny run").load()
+    assert epoch_of(state) == (0, 2)
+
+
+def test_without_a_file_there_is_no_state(tmp_path):
+    assert Checkpoint(tmp_path / "none" / "run.pt").load() == (None, [])
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_named_and_the_previous_one_used(saved, kept, whole_runs):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(kept * len(data))])
+    strategy = make(saved, seed=99)
+    state, refused = strategy.checkpoint.load()
+    assert len(refused) == 1
+    assert refused[0].startswith(f"checkpoint {saved}: refused, ")
+    assert epoch_of(state) == (0, 2)
+    restore(strategy, state, make_benchmark().train_stream)
+    go_on(strategy, make_benchmark().train_stream)
+    assert_same_outcome(outcome(strategy), whole_runs())
+
+
+def test_two_damaged_files_are_both_named(saved):
+    saved.write_bytes(b"")
+    previous(saved).write_bytes(b"no checkpoint")
+    state, refused = Checkpoint(saved, "tiny run").load()
+    assert state is None
+    assert [str(p) in m for p, m in zip((saved, previous(saved)), refused, strict=True)] == [
+        True
+    ] * 2
+
+
+class Harmful:
+    """Anything that is no tensor and no plain data."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"model": torch.zeros(2)}, {"format": "another"}, [1, 2], torch.zeros(3), None, Harmful()],
+    ids=["dict", "other format", "list", "tensor", "None", "code"],
+)
+def test_a_foreign_file_is_refused(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "run.pt")
+    state, refused = Checkpoint("run.pt", "tiny run").load()
+    assert state is None
+    assert len(refused) == 1
+    assert refused[0].startswith("checkpoint run.pt: refused, ")
+    assert not Path("harm").exists()
+
+
+def test_a_run_of_another_configuration_is_refused(saved):
+    state, refused = Checkpoint(saved, "another run").load()
+    assert state is None
+    assert len(refused) == 2
+    assert all("another configuration" in message for message in refused)
+
+
+def test_an_unfinished_file_is_ignored(saved):
+    part = saved.with_name("run.pt.part")
+    part.write_bytes(saved.read_bytes()[:100])
+    state, refused = Checkpoint(saved, "tiny run").load()
+    assert refused == []
+    assert epoch_of(state) == (1, 1)
+    strategy = resume(saved)
+    strategy.train(make_benchmark().train_stream[1])
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_saving_leaves_a_whole_file(saved, renames, monkeypatch):
+    strategy = resume(saved)
+    done = []
+    rename = os.replace
+
+    def replace(source, target):
+        if len(done) == renames:
+            raise StoppedError
+        done.append(target)
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(StoppedError):
+            strategy.train(make_benchmark().train_stream[1])
+    state, refused = Checkpoint(saved, "tiny run").load()
+    assert refused == []
+    assert epoch_of(state) == (1, 1)
+
+
+def test_the_callers_own_data_comes_back(tmp_path):
+    path = tmp_path / "run.pt"
+    strategy = make(path)
+    strategy.checkpoint.extra = {"matrix": [[0.5, 0.25]], "seconds": 3}
+    strategy.train(make_benchmark().train_stream[0])
+    again = Checkpoint(path, "tiny run")
+    again.load()
+    assert again.extra == {"matrix": [[0.5, 0.25]], "seconds": 3}
+
+
+def test_a_restored_network_has_learned_the_same_classes(saved):
+    strategy = resume(saved)
+    assert set(strategy.model.classes) == set(ORDER[:4])
+    assert strategy.model.feature_dim == 12
