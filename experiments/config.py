@@ -123,9 +123,11 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         known = [f.name for f in fields(Config)] + [f.name for f in fields(Phase)]
-        unknown = re.search(r"[Uu]nrecognized arguments?: --([\w.]+)|[Kk]ey '([\w.]+)'", message)
+        unknown = re.search(
+            r"(?:[Uu]nrecognized arguments?: --|(?:[Kk]ey|[Oo]ption) ')([\w.]+)", message
+        )
         if unknown:
-            key = (unknown[1] or unknown[2]).split(".")[-1]
+            key = unknown[1].split(".")[-1]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
             message += f"; the nearest known key is '{nearest[0]}'"
         super().error(message, ex)

@@ -46,7 +46,7 @@ from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.progress import ProgressBar
 
-__all__ = ["main", "run"]
+__all__ = ["chip", "main", "run"]
 
 log = logging.getLogger("avalanche_memo")
 
@@ -232,8 +232,6 @@ def _results(
             "groups_of_ten": _plain(accuracy.group_accuracies(readout)),
             "forgetting_rate": [row[f"ForgettingRate_{readout.upper()}"] for row in rows],
         }
-    device = strategy.device
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "config": config.identity(),
         **readouts,
@@ -241,7 +239,7 @@ def _results(
         "classes": [row["classes"] for row in rows],
         "bytes": [{k: v for k, v in row.items() if k.endswith("_bytes")} for row in rows],
         "environment": {
-            "device": chip,
+            "device": chip(strategy.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -257,11 +255,13 @@ def _plain(values: Any) -> Any:
     return None if math.isnan(values) else values
 
 
-def _cpu() -> str:
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]  # type: ignore[index]
-    except (OSError, TypeError):
-        return platform.processor()
+def chip(device: torch.device) -> str:
+    """Return the name of the processor behind a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return name[1] if name else platform.processor()
 
 
 @contextmanager

@@ -57,6 +57,8 @@ class ExpandableNetwork(DynamicModule):
     and with gaps: the logits have a column per class id, and columns of classes not seen yet hold
     :data:`UNSEEN_LOGIT`. The classifier has rows for the seen classes alone, in order of
     appearance, so neither its size nor its initialisation depends on how classes are numbered.
+    Only a criterion that spreads weight over all columns, such as label smoothing, needs classes
+    numbered from 0 in order of appearance.
 
     :param make_backbone: called once, returns the :class:`StagedBackbone` to share and to copy.
     :param shared_stages: number of stages shared, 0 to all.
@@ -78,8 +80,9 @@ class ExpandableNetwork(DynamicModule):
         gradient_through_frozen: bool = True,
     ) -> None:
         super().__init__()
-        backbone = make_backbone() if callable(make_backbone) else make_backbone
-        if not callable(make_backbone) or not isinstance(backbone, StagedBackbone):
+        factory = callable(make_backbone) and not isinstance(make_backbone, nn.Module)
+        backbone = make_backbone() if factory else make_backbone
+        if not factory or not isinstance(backbone, StagedBackbone):
             raise TypeError(
                 "make_backbone: expected a callable that returns a StagedBackbone, "
                 f"got {type(backbone).__name__}"
@@ -96,6 +99,7 @@ class ExpandableNetwork(DynamicModule):
         self.gradient_through_frozen = gradient_through_frozen
         self.growth: list[list[int]] = []
         self.width = 0
+        self._evaluation_width = 0
         self.outputs: NetworkOutputs | None = None
         self.fast = FastPath.of(False)
         # A plain list: the folded copies are no part of the model's state, nor of its bytes.
@@ -141,8 +145,9 @@ class ExpandableNetwork(DynamicModule):
         :raises ValueError: if the experience has no data, or class ids below 0.
         """
         classes = experience_classes(experience)
-        self.width = max(self.width, classes[-1] + 1)
-        if self.training:
+        if not self.training:
+            self._evaluation_width = max(self._evaluation_width, classes[-1] + 1)
+        else:
             new = [c for c in classes if c not in set(self.classes)]
             if new:
                 self.grow(new)
@@ -247,7 +252,10 @@ class ExpandableNetwork(DynamicModule):
         return self
 
     def _to_columns(self, logits: Tensor) -> Tensor:
-        columns = logits.new_full((len(logits), self.width), UNSEEN_LOGIT)
+        # Labels of unseen classes come in evaluation alone; while learning, the width depends on
+        # what was learned, not on what was evaluated, and so does the rounding of every sum.
+        width = self.width if self.training else max(self.width, self._evaluation_width)
+        columns = logits.new_full((len(logits), width), UNSEEN_LOGIT)
         return columns.index_copy(1, self._columns, logits)
 
     def get_extra_state(self) -> dict[str, Any]:

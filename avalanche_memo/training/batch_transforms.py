@@ -147,8 +147,9 @@ class RandomResizedCrop(BatchedOp):
     """Crop a random area and aspect ratio, and resize it to `size` with PIL's bilinear filter.
 
     Each image's crop and resize is two small matrices, one per axis, so that a batch is two
-    batched products. PIL computes in fixed point: its values and these differ by at most one of
-    255 levels after each axis.
+    batched products. As in PIL, weights are fixed-point numbers of 22 bits and each axis is rounded
+    to uint8, and float64 holds all of it exactly. Enlarged images equal PIL's; where it shrinks
+    them, PIL may take the axes in the other order, which moves some values by a level.
     """
 
     size: tuple[int, int]
@@ -191,19 +192,19 @@ class RandomResizedCrop(BatchedOp):
 
     @staticmethod
     def _weights(start: Tensor, length: Tensor, size: int, source: int) -> Tensor:
-        """Return the triangle filter's weights ``[B, size, source]`` along one axis.
+        """Return the triangle filter's weights ``[B, size, source]`` along one axis, times 2**22.
 
         The filter never reaches outside the crop, whose first pixel is `start` and which has
         `length` pixels, both ``[B]``.
         """
         pixel = torch.arange(source, device=start.device)
         start, length = start[:, None, None], length[:, None, None]
-        scale = length / size
+        scale = length.double() / size
         centre = (torch.arange(size, device=start.device) + 0.5)[:, None] * scale
         distance = (pixel - start + 0.5 - centre).abs() / scale.clamp(min=1)
         inside = (pixel >= start) & (pixel < start + length)
         weights = (1 - distance).clamp(min=0) * inside
-        return weights / weights.sum(-1, keepdim=True)
+        return (weights / weights.sum(-1, keepdim=True) * 2**22 + 0.5).floor()
 
     def apply(self, batch: Tensor, draws: Tensor | None) -> Tensor:
         """Crop and resize uint8 images to uint8 ``[B, C, h, w]``; along x first, as PIL does."""
@@ -211,8 +212,8 @@ class RandomResizedCrop(BatchedOp):
         top, left, height, width = draws.unbind(1)
         along_x = self._weights(left, width, self.size[1], batch.shape[3])[:, None]
         along_y = self._weights(top, height, self.size[0], batch.shape[2])[:, None]
-        narrow = (batch.float() @ along_x.mT + 0.5).floor()
-        return (along_y @ narrow + 0.5).clamp_(max=255).to(torch.uint8)
+        narrow = (batch.double() @ along_x.mT / 2**22 + 0.5).floor().clamp_(max=255)
+        return (along_y @ narrow / 2**22 + 0.5).clamp_(max=255).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=64)

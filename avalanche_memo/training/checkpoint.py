@@ -27,7 +27,8 @@ class Checkpoint:
     Avalanche's own checkpoints pickle the whole strategy after an experience; these hold tensors
     and plain data (``torch.load(..., weights_only=True)``) and may be taken after any epoch. A
     file is written beside, flushed to the disk and renamed into place, so that a process killed
-    at any moment leaves a whole one.
+    at any moment leaves a whole one. Plugins without a ``state_dict``, such as Avalanche's
+    ``LRSchedulerPlugin``, start afresh on resuming; the schedules of phases do not.
 
     :param path: the file; its predecessor is kept under the same name with ``.previous`` added.
     :param fingerprint: plain text that tells this run's configuration from another's.

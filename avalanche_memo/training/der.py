@@ -69,7 +69,7 @@ class DynamicallyExpandableRepresentation(IncrementalTemplate):
         check_network(model, "DER", shares="none")
         replay = HerdingReplayPlugin(mem_size, exemplars_per_class=exemplars_per_class)
         losses = [AuxiliaryLossPlugin(auxiliary_weight)]
-        if not base_kwargs.get("later_phases"):
+        if base_kwargs.get("later_phases") is None:
             representation = Phase(base_kwargs.get("train_epochs", 1))
             base_kwargs["later_phases"] = (representation, DER_CLASSIFIER)
         super().__init__(

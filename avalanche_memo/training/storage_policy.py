@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_memo.budget import image_bytes
-from avalanche_memo.training.loading import resident_loader
+from avalanche_memo.training.loading import resident_loader, sample_origins
 
 __all__ = ["HerdingBuffer", "dataset_features", "herding_order"]
 
@@ -142,7 +142,7 @@ class HerdingBuffer(ExemplarsBuffer):
             positions = torch.nonzero(targets == c).flatten()
             fresh = torch.stack([torch.full_like(positions, source), positions], dim=1)
             old = self.order.get(c, fresh[:0])
-            candidates[c] = torch.cat([old[old[:, 0] != source], fresh])
+            candidates[c] = torch.cat([old, self._not_among(old, fresh)])
         self.order = {c: order[:quota] for c, order in self.order.items()}
         for c, rows in candidates.items():
             rows = rows[torch.argsort(rows[:, 0], stable=True)]
@@ -186,6 +186,14 @@ class HerdingBuffer(ExemplarsBuffer):
         self._sources.append((number, exp.dataset))
         return len(self._sources) - 1
 
+    def _not_among(self, old: Tensor, fresh: Tensor) -> Tensor:
+        """Return the fresh rows whose samples the old ones don't hold already."""
+        if not len(old):
+            return fresh
+        held = set(sample_origins(self._dataset(old)))
+        origins = sample_origins(self._dataset(fresh))
+        return fresh[torch.tensor([origin not in held for origin in origins])]
+
     def _rebuild(self) -> None:
         if self.order:
             self.buffer = self._dataset(torch.cat(list(self.order.values())))
@@ -193,10 +201,14 @@ class HerdingBuffer(ExemplarsBuffer):
     def _dataset(self, rows: Tensor) -> Any:
         """Return the samples at ``rows``, source by source and otherwise in their order."""
         parts = [
-            self._sources[int(source)][1].subset(rows[rows[:, 0] == source, 1].tolist())
-            for source in torch.unique(rows[:, 0])
+            self._sources[int(part[0, 0])][1].subset(part[:, 1].tolist())
+            for part in _by_source(rows)
         ]
         return parts[0] if len(parts) == 1 else concat_datasets(parts)
+
+
+def _by_source(rows: Tensor) -> list[Tensor]:
+    return [rows[rows[:, 0] == source] for source in torch.unique(rows[:, 0])]
 
 
 def _evaluation_batches(dataset: Any, batch_size: int, device: torch.device | str) -> Any:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork, FastPath
 from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
-from avalanche_memo.training.loading import ResidentBatches
+from avalanche_memo.training.loading import ResidentBatches, shuffled_loader
 
 __all__ = ["IncrementalTemplate", "Phase"]
 
@@ -29,8 +29,8 @@ class Phase:
     :param lr: learning rate; ``None`` keeps the optimizer's own.
     :param weight_decay: likewise.
     :param milestones: after how many epochs of the phase the rate is multiplied by ``gamma``.
-    :param gamma: the factor at a milestone.
-    :param cosine: cosine annealing to 0 over the phase instead of milestones.
+    :param gamma: the factor at a milestone, above 0.
+    :param cosine: cosine annealing to 0, after the warm-up, instead of milestones.
     :param warmup_epochs: epochs over which the rate first rises linearly to its full value.
     :param learns: ``"all"``, or ``"classifier"`` alone, the rest in evaluation mode.
     :param data: ``"all"``, or a random ``"balanced"`` subset in which each class has as many
@@ -53,6 +53,7 @@ class Phase:
     reset_classifier: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(self.milestones))
         _check(self.epochs >= 1, "epochs", "a number of at least 1", self.epochs)
         _check(self.lr is None or self.lr > 0, "lr", "a positive rate or None", self.lr)
         _check(
@@ -74,8 +75,12 @@ class Phase:
             self.milestones,
         )
         _check(
-            self.warmup_epochs >= 0, "warmup_epochs", "a number of at least 0", self.warmup_epochs
+            0 <= self.warmup_epochs <= self.epochs,
+            "warmup_epochs",
+            f"0 to the phase's {self.epochs} epochs",
+            self.warmup_epochs,
         )
+        _check(self.gamma > 0, "gamma", "a positive number", self.gamma)
         _check(self.learns in ("all", "classifier"), "learns", "'all' or 'classifier'", self.learns)
         _check(self.data in ("all", "balanced"), "data", "'all' or 'balanced'", self.data)
         _check(self.temperature > 0, "temperature", "a positive number", self.temperature)
@@ -94,7 +99,8 @@ class Phase:
         if epoch < self.warmup_epochs:
             return base * (epoch + 1) / self.warmup_epochs
         if self.cosine:
-            return base * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+            done = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+            return base * (1 + math.cos(math.pi * done)) / 2
         return base * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 
@@ -138,6 +144,8 @@ class IncrementalTemplate(SupervisedTemplate):
         checkpoint: Checkpoint | None = None,
         **base_kwargs: Any,
     ) -> None:
+        for name, phases in (("first_phases", first_phases), ("later_phases", later_phases)):
+            _check(phases is None or len(phases) > 0, name, "at least one phase or None", phases)
         if len(optimizer.param_groups) != 1:
             raise ValueError(
                 f"optimizer: expected one parameter group, got {len(optimizer.param_groups)}"
@@ -160,8 +168,8 @@ class IncrementalTemplate(SupervisedTemplate):
             **base_kwargs,
         )
         whole = (Phase(train_epochs),)
-        self.first_phases = tuple(first_phases or whole)
-        self.later_phases = tuple(later_phases or whole)
+        self.first_phases = whole if first_phases is None else tuple(first_phases)
+        self.later_phases = whole if later_phases is None else tuple(later_phases)
         self.checkpoint = checkpoint
         self.phase: Phase | None = None
         self.phase_index = 0
@@ -176,6 +184,10 @@ class IncrementalTemplate(SupervisedTemplate):
         """Start the optimizer afresh on all parameters that learn."""
         self._start_optimizer(list(self.model.parameters()))
         self.optimized_param_id: dict[str, Any] = {}
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Make the loader: every sample once an epoch, shuffled, whatever the task labels."""
+        self.dataloader = shuffled_loader(self, **kwargs)
 
     def criterion(self) -> Any:
         """Return the main loss, at the phase's temperature while training."""
@@ -240,8 +252,8 @@ class IncrementalTemplate(SupervisedTemplate):
         assert phase is not None
         self.model.train()
         if phase.learns == "classifier":
-            self.model.eval()
-            self.model.classifier.train()
+            for module in self.model.children():
+                module.train(module is self.model.classifier)
         if phase.scheduled:
             base = self._settings["lr"] if phase.lr is None else phase.lr
             self.optimizer.param_groups[0]["lr"] = phase.rate(self.phase_epoch, base)

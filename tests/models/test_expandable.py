@@ -296,6 +296,17 @@ def test_older_blocks_stay_as_they_are(make, shared_stages):
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
+def test_a_gradient_left_over_at_freezing_is_dropped():
+    """With one, an optimizer moves a parameter by weight decay and momentum alone."""
+    network = grown(1)
+    F.cross_entropy(network(images(2)), torch.tensor([7, 2])).backward()
+    avalanche_model_adaptation(network, make_benchmark().train_stream[1])
+    before = tensors_of(network.specialized[0])
+    optimizer = sgd(network)
+    optimizer.step()
+    assert_same_tensors(tensors_of(network.specialized[0]), before)
+
+
 def test_older_blocks_have_no_optimizer_state():
     network = ExpandableNetwork(tiny_backbone, 2)
     strategy = memo(network)

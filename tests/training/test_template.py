@@ -180,17 +180,18 @@ def test_without_phases_an_experience_has_train_epochs_epochs():
     assert record.rates == [[0.05] * 3] * 2
 
 
-def test_an_early_stop_ends_a_phase_and_not_the_next():
+@pytest.mark.parametrize("last", [0, 3])
+def test_an_early_stop_ends_a_phase_and_not_the_next(last):
     class Stop(SupervisedPlugin):
         def after_training_epoch(self, strategy, **kwargs):
-            if strategy.phase_index == 0:
+            if strategy.clock.train_exp_epochs == last:
                 strategy.stop_training()
 
     record = Record()
     phases = [Phase(4), Phase(3, lr=0.3)]
     strategy = make(MEMO, 2, record, Stop(), first_phases=phases)
     strategy.train(make_benchmark().train_stream[0])
-    assert record.rates == [[0.05, 0.3, 0.3, 0.3]]
+    assert record.rates == [[0.05] * (last + 1) + [0.3] * 3]
 
 
 # --- DER's second phase -------------------------------------------------------------------------

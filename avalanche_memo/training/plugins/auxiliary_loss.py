@@ -40,7 +40,7 @@ class AuxiliaryLossPlugin(SupervisedPlugin):
         """Add the loss to ``strategy.loss``."""
         network = strategy.model
         logits = network.outputs.auxiliary_logits
-        if logits is None:
+        if logits is None or not logits.requires_grad:  # A phase may train the classifier alone.
             return
         loss = F.cross_entropy(logits, auxiliary_targets(strategy.mb_y, network.new_classes))
         main_weight = 1 - self.weight if self.convex else 1

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from avalanche_memo.models.expandable import experience_classes
+from avalanche_memo.training.loading import shuffled_loader
 from avalanche_memo.training.storage_policy import HerdingBuffer, dataset_features
 
 __all__ = ["HerdingReplayPlugin"]
@@ -32,6 +32,8 @@ class HerdingReplayPlugin(SupervisedPlugin):
         self, mem_size: int = 2000, *, exemplars_per_class: int | None = None, rerank: bool = False
     ) -> None:
         super().__init__()
+        if mem_size < 1:
+            raise ValueError(f"mem_size: expected a number of at least 1, got {mem_size}")
         self.buffer = HerdingBuffer(
             mem_size, exemplars_per_class=exemplars_per_class, rerank=rerank
         )
@@ -40,25 +42,17 @@ class HerdingReplayPlugin(SupervisedPlugin):
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check the memory against all classes of the stream, before anything is trained."""
         stream = getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
-        self.buffer.quota(len({c for e in stream for c in experience_classes(e)}))
+        classes = {c for e in stream for c in experience_classes(e)}
+        self.buffer.quota(len(classes | set(self.buffer.order)))
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Add the exemplars to the experience's data."""
         if self.buffer.order:
             strategy.adapted_dataset = strategy.adapted_dataset.concat(self.buffer.buffer.train())
 
-    def before_training_exp(self, strategy: Any, num_workers: int = 0, **kwargs: Any) -> None:
-        """Shuffle plainly: Avalanche's default loader fixes each task label's share of a batch."""
-        dataset = strategy.adapted_dataset
-        strategy.dataloader = DataLoader(
-            dataset,
-            batch_size=strategy.train_mb_size,
-            shuffle=True,
-            collate_fn=dataset.collate_fn,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=strategy.device.type == "cuda",
-        )
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Shuffle plainly, whatever the task labels."""
+        strategy.dataloader = shuffled_loader(strategy, **kwargs)
 
     def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
         """Forget the means: the features are about to change."""

@@ -1,0 +1,320 @@
+"""The fast path against the plain path, both measured in turn in one run.
+
+``python -m experiments.benchmark [--out FOLDER]`` prints a table and writes it with the raw times
+as JSON. Plain is what Avalanche does by default: its loader, float32, eager. CIFAR-sized random
+images stand for the data, since a step takes as long whatever they show.
+Leave the machine alone meanwhile: a second process on the same cores distorts everything.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
+from avalanche.training.storage_policy import HerdingSelectionStrategy
+from PIL import Image
+
+from avalanche_memo.benchmarks import cifar_eval_transform, cifar_train_transform, split_classes
+from avalanche_memo.evaluation import ClassIncrementalAccuracy
+from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
+from avalanche_memo.training import DER, MEMO
+from avalanche_memo.training.loading import resident_loader
+from avalanche_memo.training.storage_policy import herding_order
+from experiments.run import chip
+
+BATCH = 128
+PLAIN = FastPath.of(False)
+PARTS = {
+    "plain": PLAIN,
+    "fast": FastPath(),
+    "resident batches alone": FastPath(True, False, False, False),
+    "channels_last alone": FastPath(False, True, False, False),
+    "bfloat16 alone": FastPath(False, False, True, False),
+    "folded frozen blocks alone": FastPath(False, False, False, True),
+}
+
+
+class Images(torch.utils.data.Dataset[Any]):
+    """Random CIFAR-sized images, as torchvision's CIFAR-100 holds them."""
+
+    def __init__(self, n: int, classes: int) -> None:
+        generator = np.random.default_rng(0)
+        self.data = generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        self.targets = [i % classes for i in range(n)]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image and its class."""
+        return Image.fromarray(self.data[index]), self.targets[index]
+
+
+class Stopwatch(SupervisedPlugin):
+    """Notes when each training or evaluation step ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[float] = []
+
+    def _note(self, strategy: Any) -> None:
+        if strategy.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Note the end of a training step."""
+        self._note(strategy)
+
+    def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Note the end of an evaluation step."""
+        self._note(strategy)
+
+    def steps(self, warmup: int = 2) -> list[float]:
+        """Return the seconds of each step, loading included, after the first ones."""
+        return np.diff(self.ends)[warmup:].tolist()
+
+
+def benchmark_of(n_images: int, classes: int) -> Any:
+    """Return an experience of random images of some classes, in an Avalanche benchmark."""
+    images = Images(n_images, classes)
+    return split_classes(
+        images,
+        images,
+        0,
+        classes,
+        seed=None,
+        original_class_ids=True,
+        train_transform=cifar_train_transform(),
+        eval_transform=cifar_eval_transform(),
+    )
+
+
+def strategy_at(
+    method: str, experiences: int, fast: FastPath, device: str, stop: bool = False
+) -> tuple[Any, Stopwatch]:
+    """Return a strategy about to learn its n-th experience of ten classes, and its stopwatch."""
+    network = ExpandableNetwork(
+        lambda: cifar_resnet(32), 2 if method == "MEMO" else 0, gradient_through_frozen=not stop
+    )
+    # The classes 0 to 9 come last: they are the ones that the benchmark has.
+    for first in range(10, 10 * experiences, 10):
+        network.grow(range(first, first + 10))
+    stopwatch = Stopwatch()
+    strategy = {"MEMO": MEMO, "DER": DER}[method](
+        model=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
+        train_mb_size=BATCH,
+        eval_mb_size=BATCH,
+        device=device,
+        plugins=[stopwatch],
+        evaluator=EvaluationPlugin(ClassIncrementalAccuracy(), loggers=[]),
+        fast=fast,
+    )
+    return strategy, stopwatch
+
+
+def training_steps(
+    method: str, experiences: int, fast: FastPath, device: str, steps: int, stop: bool = False
+) -> list[float]:
+    """Return the seconds of training steps, loader included."""
+    strategy, stopwatch = strategy_at(method, experiences, fast, device, stop)
+    strategy.train(benchmark_of(BATCH * (steps + 3), 10).train_stream[0])
+    return stopwatch.steps()
+
+
+def evaluation_steps(experiences: int, fast: FastPath, device: str, steps: int) -> list[float]:
+    """Return the seconds of evaluation steps: classifier and NME in one pass."""
+    strategy, stopwatch = strategy_at("MEMO", experiences, fast, device)
+    benchmark = benchmark_of(BATCH * (steps + 3), 10)
+    strategy.train(benchmark_of(BATCH, 10).train_stream[0])
+    stopwatch.ends.clear()
+    strategy.eval(benchmark.test_stream)
+    return stopwatch.steps()
+
+
+def loader_epochs(fast: bool, device: str) -> list[float]:
+    """Return the seconds of one epoch over 5,000 images with the papers' augmentation."""
+    dataset = benchmark_of(5000, 10).train_stream[0].dataset.train()
+    loader: Any
+    if fast:
+        loader = resident_loader(dataset, BATCH, shuffle=True, device=device)
+    else:
+        loader = TaskBalancedDataLoader(dataset, batch_size=BATCH, shuffle=True)
+    return [seconds(lambda: list(loader))]
+
+
+def herding(fast: bool, n: int, dim: int, m: int) -> list[float]:
+    """Return the seconds to choose m of n samples by their features."""
+    features = torch.randn(n, dim, generator=torch.Generator().manual_seed(0))
+    features = torch.nn.functional.normalize(features, dim=1)
+    if fast:
+        return [seconds(lambda: herding_order(features, m))]
+    # Ranking does not use the object, whose constructor wants a model and a layer's name.
+    rank = HerdingSelectionStrategy.make_sorted_indices_from_features
+    return [seconds(lambda: rank(None, features))]
+
+
+def peak_memory(experiences: int, fast: FastPath, device: str) -> list[float]:
+    """Return the peak memory, in MB, of a process that trains a few steps."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return [pool.apply(_peak_memory, (experiences, fast, device))]
+
+
+def _peak_memory(experiences: int, fast: FastPath, device: str) -> float:
+    training_steps("MEMO", experiences, fast, device, steps=3)
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return how long a piece of work takes."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Measure everything, the sides of each comparison in turn, and return a row per figure.
+
+    :param rounds: how often each side has its turn.
+    :param steps: training or evaluation steps per turn.
+    """
+    rows: list[dict[str, Any]] = []
+
+    def compare(what: str, unit: str, sides: dict[str, Callable[[], list[float]]]) -> None:
+        samples: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side, work in sides.items():
+                samples[side] += work()
+        plain = statistics.median(next(iter(samples.values())))
+        for side, values in samples.items():
+            low, median, high = np.quantile(values, [0.1, 0.5, 0.9]).tolist()
+            rows.append(
+                {
+                    "what": what,
+                    "side": side,
+                    "median": median,
+                    "p10": low,
+                    "p90": high,
+                    "unit": unit,
+                    "ratio": plain / median,
+                    "samples": values,
+                }
+            )
+            print(row_text(rows[-1]), flush=True)
+
+    compare(
+        "loader, 5,000 images",
+        "s",
+        {
+            side: lambda fast=side == "fast": loader_epochs(fast, device)
+            for side in ("plain", "fast")
+        },
+    )
+    for method, counts in {"MEMO": (1, 5, 10), "DER": (1, 5)}.items():
+        for n in counts:
+            parts = PARTS if method == "MEMO" else {k: PARTS[k] for k in ("plain", "fast")}
+            sides = {
+                side: lambda fast=fast, n=n, method=method: training_steps(
+                    method, n, fast, device, steps
+                )
+                for side, fast in parts.items()
+            }
+            if method == "MEMO" and n > 1:
+                sides["fast, gradient stopped at frozen blocks"] = lambda n=n: training_steps(
+                    "MEMO", n, FastPath(), device, steps, stop=True
+                )
+            compare(f"{method} training step, experience {n}", "s", sides)
+    compare(
+        "evaluation step, MEMO, experience 10",
+        "s",
+        {
+            side: lambda fast=PARTS[side]: evaluation_steps(10, fast, device, steps)
+            for side in ("plain", "fast")
+        },
+    )
+    compare(
+        "herding, 20 of 500 x 640",
+        "s",
+        {
+            "Avalanche's": lambda: herding(False, 500, 640, 20),
+            "ours": lambda: herding(True, 500, 640, 20),
+        },
+    )
+    compare("herding, 20 of 1300 x 5120", "s", {"ours": lambda: herding(True, 1300, 5120, 20)})
+    compare(
+        "peak memory, MEMO, experience 10",
+        "MB",
+        {
+            side: lambda fast=PARTS[side]: peak_memory(10, fast, device)
+            for side in ("plain", "fast")
+        },
+    )
+    return rows
+
+
+def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return, per side, the seconds that one more frozen block adds to a training step of MEMO."""
+    medians = {(row["what"], row["side"]): row["median"] for row in rows}
+    return {
+        side: (
+            medians["MEMO training step, experience 10", side]
+            - medians["MEMO training step, experience 1", side]
+        )
+        / 9
+        for side in PARTS
+    }
+
+
+def row_text(row: dict[str, Any]) -> str:
+    """Return a row of the Markdown table."""
+    numbers = [f"{row[key]:.4g}" for key in ("median", "p10", "p90")]
+    cells = [row["what"], row["side"], *numbers, row["unit"], f"{row['ratio']:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measure, print the table and write it."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder for benchmark.json and benchmark.md")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=8, help="steps per turn")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
+    print(head)
+    rows = measure(options.device, options.rounds, options.steps)
+    added = {side: 1e3 * value for side, value in growth(rows).items()}
+    machine = f"{chip(torch.device(options.device))}, {torch.get_num_threads()} threads, "
+    machine += f"torch {torch.__version__}, Python {platform.python_version()}"
+    notes = [
+        "",
+        f"ResNet-32, batches of {BATCH}, loader included; {machine}.",
+        "",
+        "One more frozen block adds to a step of MEMO: "
+        + "; ".join(f"{side} {value:.1f} ms" for side, value in added.items())
+        + ".",
+    ]
+    print("\n".join(notes))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        table = "\n".join([head, *map(row_text, rows), *notes]) + "\n"
+        (options.out / "benchmark.md").write_text(table)
+        content = {"machine": machine, "rows": rows, "added_ms_per_frozen_block": added}
+        (options.out / "benchmark.json").write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    main()
