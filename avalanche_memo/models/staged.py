@@ -39,7 +39,8 @@ class StagedBackbone(nn.Module):
     @staticmethod
     def pool(maps: Tensor) -> Tensor:
         """Average over space: ``[B, C, H, W]`` to ``[B, C]``."""
-        return F.adaptive_avg_pool2d(maps, 1).flatten(1)
+        # Unlike the adaptive one, this pooling's gradient keeps the channels_last layout.
+        return F.avg_pool2d(maps, maps.shape[2:]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features ``[B, feature_dim]`` of images ``[B, C, H, W]``."""
