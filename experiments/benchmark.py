@@ -10,7 +10,7 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -175,7 +175,9 @@ def _peak_memory(experiences: int, fast: FastPath, device: str) -> float:
     training_steps("MEMO", experiences, fast, device, steps=3)
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    # Unlike getrusage's, this peak does not include the parent's at the time of the fork.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -185,6 +185,7 @@ def _strategy(
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            fused=True,
         ),
         first_phases=config.first,
         later_phases=config.later,
