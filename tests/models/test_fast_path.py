@@ -1,0 +1,136 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from avalanche_memo.budget import inference_bytes, parameter_bytes
+from avalanche_memo.models import (
+    ExpandableNetwork,
+    FastPath,
+    cifar_resnet,
+    convnet2,
+    convnet4,
+    imagenet_resnet,
+)
+from avalanche_memo.models.fast_path import fold_batch_norm, has_bfloat16
+from tests.helpers import randomize_norms
+
+NONE = dict.fromkeys(("resident_batches", "channels_last", "bfloat16", "fold_frozen"), False)
+
+
+def grown(shared: int, experiences: int = 3) -> ExpandableNetwork:
+    torch.manual_seed(0)
+    network = ExpandableNetwork(partial(cifar_resnet, 8), shared)
+    randomize_norms(network)
+    for i in range(experiences):
+        network.grow([2 * i, 2 * i + 1])
+    return network
+
+
+def learn(network: ExpandableNetwork) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return logits and gradients of a training step."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(16, 3, 16, 16, generator=generator)
+    targets = torch.randint(0, 6, (16,), generator=generator)
+    logits = network.train()(images)
+    F.cross_entropy(logits, targets).backward()
+    gradients = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
+    return logits.detach(), gradients
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(cifar_resnet, 14),
+        partial(imagenet_resnet, 10),
+        partial(imagenet_resnet, 26),
+        convnet2,
+        convnet4,
+    ],
+    ids=["cifar", "basic", "bottleneck", "convnet2", "convnet4"],
+)
+def test_a_folded_block_equals_the_block_and_has_no_batch_norm(make):
+    torch.manual_seed(0)
+    backbone = make()
+    randomize_norms(backbone)
+    backbone.double().eval()
+    folded = fold_batch_norm(backbone, torch.float64)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(folded(images), backbone(images), rtol=1e-9, atol=1e-9)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+
+
+@pytest.mark.parametrize("shared", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("part", "tolerance"), [("channels_last", 1e-4), ("fold_frozen", 1e-4), ("bfloat16", 0.1)]
+)
+def test_each_part_learns_what_the_plain_network_learns(shared, part, tolerance):
+    if part == "bfloat16" and not has_bfloat16(torch.device("cpu")):
+        pytest.skip("this processor has no bfloat16")
+    logits, gradients = learn(grown(shared))
+    fast_logits, fast_gradients = learn(grown(shared).use(FastPath(**NONE | {part: True})))
+    assert fast_gradients.keys() == gradients.keys()
+    scale = logits.abs().max()
+    assert (fast_logits - logits).abs().max() <= tolerance * scale
+    for name, gradient in gradients.items():
+        error = (fast_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error <= 2 * tolerance, name
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+def test_all_parts_together_evaluate_as_the_plain_network(shared):
+    plain, fast = grown(shared).eval(), grown(shared).use(True).eval()
+    images = torch.randn(16, 3, 16, 16)
+    with torch.no_grad():
+        expected, got = plain(images), fast(images)
+    assert (got - expected).abs().max() <= 0.05 * expected.abs().max()
+    assert got.dtype == fast.outputs.features.dtype == torch.float32
+
+
+def test_nothing_is_recorded_for_backward_where_nothing_behind_a_frozen_block_learns():
+    network = grown(0).use(FastPath(**NONE | {"fold_frozen": True})).train()
+    network(torch.randn(4, 3, 16, 16))
+    older = network._frozen_maps(torch.randn(4, 3, 16, 16), low=False)
+    assert not any(output.requires_grad for output in older)
+
+
+def test_folded_copies_are_no_part_of_the_model():
+    network = grown(2).use(True)
+    before = (parameter_bytes(network), inference_bytes(network), list(network.state_dict()))
+    learn(network)
+    after = (parameter_bytes(network), inference_bytes(network), list(network.state_dict()))
+    assert after == before
+
+
+@pytest.mark.parametrize("change", ["load", "move", "copy"])
+def test_folded_copies_follow_the_weights(change):
+    network = grown(2).use(FastPath(**NONE | {"fold_frozen": True})).eval()
+    images = torch.randn(4, 3, 16, 16)
+    network(images)
+    if change == "load":
+        state = network.state_dict()
+        state = {k: 2 * v if torch.is_tensor(v) and "conv1" in k else v for k, v in state.items()}
+        network.load_state_dict(state)
+    elif change == "move":
+        network.double()
+        network.float()
+        with torch.no_grad():
+            for parameter in network.specialized[0].parameters():
+                parameter *= 2
+        network.to("cpu")
+    else:
+        network = copy.deepcopy(network)
+    plain = copy.deepcopy(network).use(False)
+    torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_switches():
+    assert FastPath.of(True) == FastPath()
+    assert FastPath.of(False) == FastPath(**NONE)
+    chosen = FastPath(bfloat16=False)
+    assert FastPath.of(chosen) is chosen

@@ -1,0 +1,83 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import EvaluationPlugin
+
+from avalanche_memo import MEMO
+from avalanche_memo.benchmarks import split_digits
+from avalanche_memo.evaluation import ClassIncrementalAccuracy, TrainingAverages
+from avalanche_memo.models import ExpandableNetwork, cifar_resnet
+from avalanche_memo.training.loading import ResidentBatches
+from experiments.config import parse
+from experiments.run import run
+
+
+def strategy(*plugins, fast=True):
+    torch.manual_seed(0)
+    network = ExpandableNetwork(lambda: cifar_resnet(8, in_channels=1), 2)
+    return MEMO(
+        model=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=True),
+        mem_size=100,
+        train_mb_size=64,
+        eval_mb_size=64,
+        plugins=plugins,
+        evaluator=EvaluationPlugin(TrainingAverages(), ClassIncrementalAccuracy(), loggers=[]),
+        fast=fast,
+    )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_switch_turns_all_parts_on_or_off(fast):
+    method = strategy(fast=fast)
+    assert method.model.fast.bfloat16 is fast
+    assert any(isinstance(plugin, ResidentBatches) for plugin in method.plugins) is fast
+
+
+def test_nothing_is_read_back_from_the_device_within_an_epoch(monkeypatch):
+    reads: list[str] = []
+
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+
+        def call(*args, **kwargs):
+            reads.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    class Watch(SupervisedPlugin):
+        def before_training_epoch(self, strategy, **kwargs):
+            for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+                monkeypatch.setattr(torch.Tensor, name, counted(name))
+
+        def after_training_epoch(self, strategy, **kwargs):
+            monkeypatch.undo()
+            counts.append(len(reads))
+            reads.clear()
+
+    counts: list[int] = []
+    method = strategy(Watch())
+    for experience in split_digits().train_stream[:2]:
+        method.train(experience)
+    assert counts == [1, 1]  # at the epoch's end: whether every loss was finite
+
+
+def test_accuracy_is_unchanged_over_three_seeds(tmp_path):
+    phase = '[{"epochs": 4, "milestones": [3]}]'
+    base = parse(["--against=[]", f"--first={phase}", f"--later={phase}"])
+    averages = {}
+    for fast in (False, True):
+        averages[fast] = [
+            run(replace(base, seed=seed, fast=fast, run_folder=str(tmp_path / f"{fast}{seed}")))
+            for seed in range(3)
+        ]
+    plain, quick = (
+        np.array([results["nme"]["average"] for results in averages[fast]])
+        for fast in (False, True)
+    )
+    assert plain.min() > 0.85
+    assert abs(plain.mean() - quick.mean()) <= max(0.01, np.ptp(plain))
