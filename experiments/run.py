@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from avalanche.logging import TensorboardLogger
 from avalanche.training.determinism.rng_manager import RNGManager
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
 from avalanche_memo.evaluation import (
@@ -77,7 +77,11 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     if refused and state is None:
         raise RuntimeError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
     threads = torch.get_num_threads()
-    checkpoint.extra = checkpoint.extra or {"rows": [], "threads": threads}
+    checkpoint.extra = checkpoint.extra or {
+        "rows": [],
+        "threads": threads,
+        "elapsed": 0.0,
+    }
     if checkpoint.extra["threads"] != threads:
         log.warning(
             "%s: begun with %d threads, goes on with %d; the last digits may differ",
@@ -85,31 +89,56 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         )
 
     progress = ProgressBar(config.method, _images_per_epoch(config, train))
+    stopwatch = _Stopwatch(checkpoint.extra)
     logger = TensorboardLogger(str(folder / "tensorboard"))
-    strategy, accuracy = _strategy(config, checkpoint, progress, logger)
+    strategy, accuracy = _strategy(config, checkpoint, [progress, stopwatch], logger)
     if state is not None:
         restore(strategy, state, train)
+
+    def publish() -> dict[str, Any]:
+        rows = checkpoint.extra["rows"]
+        results = _results(config, strategy, accuracy, rows) | {"experiences": len(train)}
+        _write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        accuracy_figure([results], folder / "accuracy.png")
+        return results
+
     try:
         for index in range(strategy.clock.train_exp_counter, len(train)):
-            started = time.perf_counter()
+            stopwatch.start()
             strategy.train(train[index])
-            trained = time.perf_counter()
+            trained = stopwatch.read()
             strategy.eval(test[: index + 1])
-            ended = time.perf_counter()
-            row = _row(strategy) | {
-                "seconds": {"train": trained - started, "eval": ended - trained}
-            }
-            checkpoint.extra["rows"].append(row)
+            seconds = {"train": trained, "eval": stopwatch.read() - trained}
+            checkpoint.extra["rows"].append(_row(strategy) | {"seconds": seconds})
+            checkpoint.extra["elapsed"] = 0.0
             checkpoint.save(strategy)
             logger.writer.flush()
-            rows = checkpoint.extra["rows"]
-            results = _results(config, strategy, accuracy, rows) | {"experiences": len(train)}
-            _write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-            accuracy_figure([results], folder / "accuracy.png")
+            publish()
     finally:
         progress.close()
         logger.writer.close()
-    return results
+    # Once more, for a run that was killed after its last checkpoint and before its results.
+    return publish()
+
+
+class _Stopwatch(SupervisedPlugin):
+    """Keeps the seconds spent on an experience in what a checkpoint saves along."""
+
+    def __init__(self, extra: dict[str, Any]) -> None:
+        super().__init__()
+        self.extra = extra
+
+    def start(self) -> None:
+        """Start at what an interrupted process had spent."""
+        self.started = time.perf_counter() - self.extra["elapsed"]
+
+    def read(self) -> float:
+        """Return the seconds spent on the experience."""
+        return time.perf_counter() - self.started
+
+    def after_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
+        """Note the time for the checkpoint that follows."""
+        self.extra["elapsed"] = self.read()
 
 
 def _images_per_epoch(config: Config, stream: Any) -> list[int]:
@@ -155,7 +184,7 @@ def _backbone(config: Config) -> StagedBackbone:
 
 
 def _strategy(
-    config: Config, checkpoint: Checkpoint, progress: ProgressBar, logger: TensorboardLogger
+    config: Config, checkpoint: Checkpoint, plugins: list[Any], logger: TensorboardLogger
 ) -> tuple[Any, ClassIncrementalAccuracy]:
     backbone = _backbone(config)
     stages = len(backbone.stages)
@@ -192,7 +221,7 @@ def _strategy(
         train_mb_size=config.batch_size,
         eval_mb_size=128,
         device=device,
-        plugins=[progress],
+        plugins=plugins,
         evaluator=EvaluationPlugin(
             TrainingAverages(), accuracy, ResumableForgetting(), MemoryUsage(), loggers=[logger]
         ),

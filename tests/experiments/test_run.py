@@ -123,6 +123,14 @@ def test_a_run_killed_outright_goes_on_to_the_same_numbers(finished, tmp_path, e
     assert without_times(folder) == without_times(finished)
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_results_has_results(finished, tmp_path):
+    config = short(tmp_path / "last")
+    # Two epochs, then twice two and one, and a checkpoint after each experience.
+    stop_after(config, epochs=2 + 3 + 3 + 3)
+    run(config)
+    assert without_times(tmp_path / "last") == without_times(finished)
+
+
 def test_a_truncated_checkpoint_is_refused_and_the_previous_one_used(finished, tmp_path, caplog):
     folder = tmp_path / "truncated"
     config = short(folder)

@@ -54,8 +54,8 @@ class HerdingReplayPlugin(SupervisedPlugin):
         """Shuffle plainly, whatever the task labels."""
         strategy.dataloader = shuffled_loader(strategy, **kwargs)
 
-    def before_training_epoch(self, strategy: Any, **kwargs: Any) -> None:
-        """Forget the means: the features are about to change."""
+    def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Forget the means: the features have changed."""
         self._means = None
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
