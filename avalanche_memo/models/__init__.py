@@ -4,14 +4,22 @@ from avalanche_memo.models.cifar_resnet import cifar_resnet
 from avalanche_memo.models.convnet import convnet2, convnet4
 from avalanche_memo.models.expandable import ExpandableNetwork
 from avalanche_memo.models.fast_path import FastPath
-from avalanche_memo.models.heads import GrowingLinear
+from avalanche_memo.models.heads import (
+    CosineClassifier,
+    GrowingClassifier,
+    GrowingLinear,
+    ProxyCosineClassifier,
+)
 from avalanche_memo.models.imagenet_resnet import imagenet_resnet
 from avalanche_memo.models.staged import StagedBackbone
 
 __all__ = [
+    "CosineClassifier",
     "ExpandableNetwork",
     "FastPath",
+    "GrowingClassifier",
     "GrowingLinear",
+    "ProxyCosineClassifier",
     "StagedBackbone",
     "cifar_resnet",
     "convnet2",

@@ -15,7 +15,7 @@ from avalanche.models import DynamicModule
 from torch import Tensor, nn
 
 from avalanche_memo.models.fast_path import FastPath, fold_batch_norm, has_bfloat16
-from avalanche_memo.models.heads import GrowingLinear
+from avalanche_memo.models.heads import GrowingClassifier, GrowingLinear
 from avalanche_memo.models.staged import StagedBackbone
 
 __all__ = ["UNSEEN_LOGIT", "ExpandableNetwork", "NetworkOutputs", "experience_classes"]
@@ -67,7 +67,9 @@ class ExpandableNetwork(DynamicModule):
     :param gradient_through_frozen: whether the loss reaches the generalized blocks through the
         older specialized blocks, as published. ``False`` is faster: the generalized blocks then
         learn from the newest block alone.
-    :raises TypeError: if ``make_backbone`` does not return a :class:`StagedBackbone`.
+    :param make_classifier: called once, returns the classifier.
+    :raises TypeError: if ``make_backbone`` does not return a :class:`StagedBackbone`, or
+        ``make_classifier`` a :class:`GrowingClassifier`.
     :raises ValueError: if the backbone has too few stages for ``shared_stages``.
     """
 
@@ -78,6 +80,7 @@ class ExpandableNetwork(DynamicModule):
         *,
         train_generalized: bool = True,
         gradient_through_frozen: bool = True,
+        make_classifier: Callable[[], GrowingClassifier] = GrowingLinear,
     ) -> None:
         super().__init__()
         factory = callable(make_backbone) and not isinstance(make_backbone, nn.Module)
@@ -109,7 +112,13 @@ class ExpandableNetwork(DynamicModule):
         self.specialized = nn.ModuleList()
         if self.expands:
             self.specialized.append(nn.ModuleList(backbone.stages[shared_stages:]))
-        self.classifier = GrowingLinear()
+        classifier = make_classifier()
+        if not isinstance(classifier, GrowingClassifier):
+            raise TypeError(
+                "make_classifier: expected a callable that returns a GrowingClassifier, "
+                f"got {type(classifier).__name__}"
+            )
+        self.classifier = classifier
         self.classifier.grow(new_features=self.block_dim)
         self.auxiliary = nn.ModuleDict()
         self.register_buffer("_columns", torch.empty(0, dtype=torch.long), persistent=False)
