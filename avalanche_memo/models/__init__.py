@@ -1,6 +1,7 @@
 """Networks for class-incremental learning: backbones in stages, and what grows on them."""
 
-from avalanche_memo.models.cifar_resnet import cifar_resnet
+from avalanche_memo.models.attention import CBAM
+from avalanche_memo.models.cifar_resnet import cifar_resnet, four_stage_resnet
 from avalanche_memo.models.convnet import convnet2, convnet4
 from avalanche_memo.models.expandable import ExpandableNetwork
 from avalanche_memo.models.fast_path import FastPath
@@ -14,6 +15,7 @@ from avalanche_memo.models.imagenet_resnet import imagenet_resnet
 from avalanche_memo.models.staged import StagedBackbone
 
 __all__ = [
+    "CBAM",
     "CosineClassifier",
     "ExpandableNetwork",
     "FastPath",
@@ -24,5 +26,6 @@ __all__ = [
     "cifar_resnet",
     "convnet2",
     "convnet4",
+    "four_stage_resnet",
     "imagenet_resnet",
 ]

@@ -73,6 +73,8 @@ class ExpandableNetwork(DynamicModule):
     :raises ValueError: if the backbone has too few stages for ``shared_stages``.
     """
 
+    _columns: Tensor
+
     def __init__(
         self,
         make_backbone: Callable[[], StagedBackbone],
@@ -119,6 +121,8 @@ class ExpandableNetwork(DynamicModule):
                 f"got {type(classifier).__name__}"
             )
         self.classifier = classifier
+        # A plain list, too: what empty_copy() starts from.
+        self._first_classifier = [copy.deepcopy(classifier)]
         self.classifier.grow(new_features=self.block_dim)
         self.auxiliary = nn.ModuleDict()
         self.register_buffer("_columns", torch.empty(0, dtype=torch.long), persistent=False)
@@ -139,9 +143,29 @@ class ExpandableNetwork(DynamicModule):
         return self.growth[-1] if self.growth else []
 
     @property
+    def columns(self) -> Tensor:
+        """The class ids seen so far as a tensor: the columns of the logits that count."""
+        return self._columns
+
+    @property
     def feature_dim(self) -> int:
         """The number of features D, all blocks together."""
         return self.block_dim * max(1, len(self.specialized))
+
+    @torch.no_grad()
+    def empty_copy(self) -> "ExpandableNetwork":
+        """Return a copy that has learned no class yet, to load another state of this network into.
+
+        Its weights are of no use before that.
+        """
+        copied = copy.deepcopy(self)
+        copied.growth, copied.width, copied._evaluation_width = [], 0, 0
+        copied.specialized = copied.specialized[:1]
+        copied.auxiliary.clear()
+        copied.classifier = copy.deepcopy(self._first_classifier[0]).to(self._adaptation_device)
+        copied.classifier.grow(new_features=self.block_dim)
+        copied._columns = self._columns[:0]
+        return copied
 
     def inference_modules(self) -> list[nn.Module]:
         """Return the modules that inference needs: all but the auxiliary head."""
