@@ -22,7 +22,7 @@ from avalanche_memo.training.template import IncrementalTemplate, Phase
 __all__ = ["PODNET_BALANCED", "PODNET_TRAINING", "PODNet"]
 
 PODNET_TRAINING = Phase(160, lr=0.1, weight_decay=5e-4, cosine=True)
-"""Every experience's schedule on CIFAR-100, batches of 128 (the authors' released configuration)."""
+"""Each experience's schedule on CIFAR-100, batches of 128 (the authors' released configuration)."""
 
 PODNET_BALANCED = Phase(20, lr=0.05, weight_decay=5e-4, learns="classifier", data="exemplars")
 """The classifier on as many exemplars of each class, from the second experience on (the authors'

@@ -21,9 +21,8 @@ __all__ = ["MEMORY_RATES", "HerdingBuffer", "MemoryRates", "dataset_features", "
 MEMORY_RATES: dict[int, tuple[float, ...]] = {
     steps: tuple(0.1 * min(step, 5) for step in range(steps + 1)) for steps in (5, 10, 25, 50)
 }
-"""Rates by number of steps after the first experience. The published lists are not to hand; these
-are this package's own: 0 after the first experience, then a tenth of an increment's images more with
-each step, up to a half."""
+"""Rates by number of steps after the first experience: 0 after that one, then a tenth of an
+increment's images more with each step, up to a half. These lists are this package's own."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,6 @@ class HerdingBuffer(ExemplarsBuffer):
         self.exemplars_per_class = exemplars_per_class
         self.rerank = rerank
         self.rates = rates
-        self.learned = 0
-        """Experiences that have been learned."""
         self.order: dict[int, Tensor] = {}
         """Per class, ``[m, 2]``: number of the source and position in its data set, best first."""
         self._sources: list[tuple[int, Any]] = []
@@ -178,13 +175,14 @@ class HerdingBuffer(ExemplarsBuffer):
         """Return the exemplars a class holds when ``n_classes`` have been seen.
 
         :param n_classes: classes seen.
-        :param experience: after which experience, counted from 0; the present one if not given.
+        :param experience: after which experience, counted from 0; the latest if not given.
         :raises ValueError: if the memory is smaller than the number of classes, or has no rate for
             the experience.
         """
         extra = 0
         if self.rates is not None:
-            extra = self.rates.extra(self.learned if experience is None else experience)
+            latest = max(0, len(self._sources) - 1)
+            extra = self.rates.extra(latest if experience is None else experience)
         if self.exemplars_per_class is not None:
             return self.exemplars_per_class + extra // n_classes
         if self.max_size < n_classes:
@@ -215,7 +213,6 @@ class HerdingBuffer(ExemplarsBuffer):
             rows = rows[torch.argsort(rows[:, 0], stable=True)]
             features = dataset_features(agent_state.model, self._dataset(rows), agent_state.device)
             self.order[c] = rows[herding_order(features, quota).cpu()]
-        self.learned += 1
         self._rebuild()
 
     def after(self, agent_state: Any, exp: Any) -> "HerdingBuffer":
@@ -238,17 +235,13 @@ class HerdingBuffer(ExemplarsBuffer):
         """
         self.max_size = new_size
         if self.order:
-            quota = self.quota(len(self.order), max(0, self.learned - 1))
+            quota = self.quota(len(self.order))
             self.order = {c: order[:quota] for c, order in self.order.items()}
             self._rebuild()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the exemplars' positions: tensors and plain data."""
-        return {
-            "order": dict(self.order),
-            "experiences": [e for e, _ in self._sources],
-            "learned": self.learned,
-        }
+        return {"order": dict(self.order), "experiences": [e for e, _ in self._sources]}
 
     def load_state_dict(self, state: dict[str, Any], stream: Sequence[Any]) -> None:
         """Take back saved positions.
@@ -259,7 +252,6 @@ class HerdingBuffer(ExemplarsBuffer):
         datasets = {e.current_experience: e.dataset for e in stream}
         self._sources = [(e, datasets[e]) for e in state["experiences"]]
         self.order = dict(state["order"])
-        self.learned = state["learned"]
         self._rebuild()
 
     def _source_of(self, exp: Any, targets: Tensor) -> int:

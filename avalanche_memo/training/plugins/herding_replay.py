@@ -51,7 +51,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
         stream = getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
         classes = {c for e in stream for c in experience_classes(e)}
         self.buffer.quota(len(classes | set(self.buffer.order)), 0)
-        if self.buffer.rates is not None and not self.buffer.learned:
+        if self.buffer.rates is not None and not self.buffer.order:
             _check_rates(self.buffer, stream)
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
