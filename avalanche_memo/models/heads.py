@@ -161,7 +161,7 @@ class ProxyCosineClassifier(GrowingClassifier):
     @property
     def weight(self) -> Tensor:
         """All proxies ``[C * K, D]``, those of one class side by side."""
-        return torch.cat(list(self.weights))
+        return torch.cat([self.scale.new_empty(0, self.in_features), *self.weights])
 
     @torch.no_grad()
     def grow(self, new_features: int = 0, new_classes: int = 0) -> None:
@@ -221,7 +221,7 @@ class ProxyCosineClassifier(GrowingClassifier):
         cosines = F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
         if self.proxies == 1:
             return cosines
-        cosines = cosines.view(len(cosines), -1, self.proxies)
+        cosines = cosines.view(len(cosines), self.out_features, self.proxies)
         return (F.softmax(self.gamma * cosines, dim=2) * cosines).sum(dim=2)
 
     def forward(self, features: Tensor) -> Tensor:

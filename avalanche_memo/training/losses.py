@@ -148,7 +148,9 @@ class NCALoss:
     """:func:`nca_loss` or :func:`nca_loss_released` as a strategy's criterion.
 
     A network's logits are its similarities times its classifier's learnable scale eta; the margin
-    takes the same scale, which is therefore read from the network at each step.
+    takes the same scale, which is therefore read from the network at each step. Eta learns from the
+    similarities alone: the margin's part of the equation's gradient, ``delta``, lowers eta while
+    the similarities are small, in trials to below 0, where the hinge ends all learning.
 
     :param model: an ``ExpandableNetwork`` with a classifier that has a ``scale``.
     :param margin: delta, on the similarities; without effect in the released form.
@@ -176,7 +178,7 @@ class NCALoss:
         if self.form == "released":
             return nca_loss_released(logits, targets)
         scale = self.model.get_submodule("classifier").get_parameter("scale")
-        return nca_loss(logits, targets, 1.0, scale * self.margin, self.hinge)
+        return nca_loss(logits, targets, 1.0, scale.detach() * self.margin, self.hinge)
 
 
 def softmax_distillation_loss(new_logits: Tensor, old_logits: Tensor, temperature: float) -> Tensor:

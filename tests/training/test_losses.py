@@ -127,11 +127,16 @@ def test_the_criterion_reads_the_scale_from_the_network(hinge):
     similarities, targets = normal(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     logits = model.classifier.scale * similarities
     (twin, twin_eta) = doubles([similarities, model.classifier.scale])
-    expected = plain.nca(twin, targets, twin_eta, 0.3, hinge).squeeze()
+    # exp(eta y - c) with c = eta delta held constant: a margin of c / eta.
+    constant = 2.5 * 0.3
+    expected = plain.nca(twin_eta * twin, targets, 1.0, constant, hinge)
     ours = NCALoss(model, 0.3, hinge=hinge)(logits, targets)
     assert_same(ours, expected, [similarities, model.classifier.scale], [twin, twin_eta])
+    assert ours.item() == pytest.approx(nca_loss(similarities, targets, 2.5, 0.3, hinge).item())
     released = NCALoss(model, form="released")(logits, targets)
-    assert released == nca_loss_released(similarities, targets, 2.5)
+    assert released.item() == pytest.approx(
+        nca_loss_released(similarities, targets, 2.5).item(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(

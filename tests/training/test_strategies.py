@@ -58,7 +58,10 @@ BALANCED = Phase(1, lr=0.1, learns="classifier", data="balanced", reset_classifi
 
 EXEMPLARS = (Phase(1), Phase(1, learns="classifier", data="exemplars"))
 
-CLASSIFIERS = {"PODNet": partial(ProxyCosineClassifier, 2), "UCIR": CosineClassifier}
+CLASSIFIERS = {
+    "PODNet": partial(ProxyCosineClassifier, 2),
+    "UCIR": partial(CosineClassifier, scale=10.0),
+}
 
 METHODS: dict[str, tuple[Any, Any, int, dict[str, Any]]] = {
     # strategy, backbone of one input channel, shared stages, options
