@@ -25,6 +25,7 @@ from avalanche_memo.training.plugins import (
     PODDistillationPlugin,
     PreviousModel,
     SoftmaxDistillationPlugin,
+    WeightAlignmentPlugin,
 )
 from avalanche_memo.training.storage_policy import dataset_features
 from tests.helpers import (
@@ -349,6 +350,13 @@ def test_refuses_another_model_before_training(plugin):
 def test_refuses_a_linear_classifier(plugin):
     with pytest.raises(TypeError, match=rf"model: {plugin.__name__} .*got a GrowingLinear"):
         naive(network(), plugin()).train(make_benchmark().train_stream[0])
+
+
+def test_weight_alignment_refuses_a_cosine_classifier():
+    with pytest.raises(TypeError, match=r"model: WeightAlignmentPlugin .*got a CosineClassifier"):
+        naive(network(CosineClassifier), WeightAlignmentPlugin()).train(
+            make_benchmark().train_stream[0]
+        )
 
 
 @pytest.mark.parametrize("plugin", [PODDistillationPlugin, LessForgetPlugin])
