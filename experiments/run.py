@@ -168,7 +168,7 @@ def _backbone(config: Config) -> StagedBackbone:
             f"got {config.attention} and {config.backbone}"
         )
     if kind == "imagenet_resnet":
-        return imagenet_resnet(depth)
+        return imagenet_resnet(depth, last_relu)
     if kind == "convnet" and depth in (2, 4):
         return (convnet2 if depth == 2 else convnet4)(channels)
     raise ValueError(

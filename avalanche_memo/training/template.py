@@ -34,8 +34,8 @@ class Phase:
     :param warmup_epochs: epochs over which the rate first rises linearly to its full value.
     :param learns: ``"all"``, or ``"classifier"`` alone, the rest in evaluation mode.
     :param data: ``"all"``; or a random ``"balanced"`` subset in which each class has as many
-        samples as the rarest; or the ``"exemplars"`` that the memory would hold, were the
-        experience over now.
+        samples as the rarest; or, where the classifier alone learns, the ``"exemplars"`` that the
+        memory will hold after the experience: their choice depends on the features alone.
     :param temperature: what the logits are divided by in the loss.
     :param reset_classifier: whether the classifier starts afresh.
     :raises ValueError: if a value is outside its range.
@@ -87,6 +87,12 @@ class Phase:
             self.data in ("all", "balanced", "exemplars"),
             "data",
             "'all', 'balanced' or 'exemplars'",
+            self.data,
+        )
+        _check(
+            self.data != "exemplars" or self.learns == "classifier",
+            "data",
+            "'exemplars' only where learns is 'classifier'",
             self.data,
         )
         _check(self.temperature > 0, "temperature", "a positive number", self.temperature)

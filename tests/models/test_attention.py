@@ -1,9 +1,17 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from avalanche_memo.models import CBAM, ExpandableNetwork, cifar_resnet, four_stage_resnet
+from avalanche_memo.models import (
+    CBAM,
+    ExpandableNetwork,
+    cifar_resnet,
+    four_stage_resnet,
+    imagenet_resnet,
+)
 from avalanche_memo.models.cifar_resnet import CifarBlock
 from tests.helpers import randomize_norms
 
@@ -102,21 +110,30 @@ def test_four_stages_have_the_parameters_counted_by_hand():
     assert backbone(torch.randn(2, 3, 32, 32)).shape == (2, 128)
 
 
-@pytest.mark.parametrize("attention", [None, "cbam"])
-def test_without_the_last_relu_the_maps_are_those_before_it(attention):
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(cifar_resnet, 14),
+        partial(cifar_resnet, 14, "cbam"),
+        partial(imagenet_resnet, 10),
+        partial(imagenet_resnet, 26),
+    ],
+    ids=["cifar", "cbam", "basic", "bottleneck"],
+)
+def test_without_the_last_relu_the_maps_are_those_before_it(make):
     torch.manual_seed(0)
-    usual = cifar_resnet(14, attention)
+    usual = make()
     randomize_norms(usual)
-    bare = cifar_resnet(14, attention, last_relu=False)
+    bare = make(last_relu=False)
     for own, other in zip(bare.state_dict().values(), usual.state_dict().values(), strict=True):
         own.copy_(other)
-    images = torch.randn(2, 3, 16, 16)
+    images = torch.randn(2, 3, 32, 32)
     expected, maps = usual.eval().stage_maps(images), bare.eval().stage_maps(images)
     for after, before in zip(expected, maps, strict=True):
         assert (before < 0).any()
-        torch.testing.assert_close(before.clamp(min=0), after)
+        torch.testing.assert_close(before.clamp(min=0), after, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bare(images), maps[-1].mean(dim=(2, 3)))
-    network = ExpandableNetwork(lambda: bare, 3).eval()
+    network = ExpandableNetwork(lambda: bare, len(maps)).eval()
     network.grow([0, 1])
     network.eval()(images)
     # Kept as they are, not overwritten by the ReLU that the next stage begins with.

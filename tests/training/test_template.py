@@ -93,6 +93,7 @@ class Record(SupervisedPlugin):
         ({"warmup_epochs": -1}, "warmup_epochs: .*got -1"),
         ({"learns": "head"}, "learns: expected 'all' or 'classifier', got head"),
         ({"data": "some"}, "data: expected 'all', 'balanced' or 'exemplars', got some"),
+        ({"data": "exemplars"}, "data: expected 'exemplars' only where learns is 'classifier'"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
     ],
 )
@@ -348,7 +349,7 @@ def test_a_phase_on_the_exemplars_trains_on_what_is_held_afterwards(api, fast):
 
 def test_a_phase_on_the_exemplars_needs_a_memory():
     with pytest.raises(ValueError, match=r"data: expected a HerdingReplayPlugin .*got none"):
-        make(Finetune, 3, later_phases=[Phase(1, data="exemplars")])
+        make(Finetune, 3, later_phases=[Phase(1, learns="classifier", data="exemplars")])
 
 
 @FAST
