@@ -40,7 +40,7 @@ class PODNet(IncrementalTemplate):
     - Memory: herding.
     - Readout: the classifier; or nearest mean of exemplars.
 
-    The thesis's variants are options: ``flat_distillation="kd"`` (KD), a backbone with
+    The variants are options: ``flat_distillation="kd"`` (KD), a backbone with
     ``attention="cbam"`` (CBAM), ``memory_rates`` (MEM), and any of them together.
 
     This strategy does not use task identities. Unlike in the authors' code, the scale of the
@@ -54,8 +54,8 @@ class PODNet(IncrementalTemplate):
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead (as published, 20).
     :param memory_rates: what the memory may hold beyond that, by experience.
-    :param nca: ``"equation"`` for :func:`nca_loss`, ``"released"`` for :func:`nca_loss_released`. In
-        a short trial (20 classes of CIFAR-100 with 150 images each, Base-10 Inc-5, ResNet-14, 20
+    :param nca: ``"equation"`` for :func:`nca_loss`, ``"released"`` for :func:`nca_loss_released`.
+        In a short trial (20 classes of CIFAR-100 with 150 images each, Base-10 Inc-5, ResNet-14, 20
         epochs, one seed) average accuracy by classifier and NME was 54.9 and 54.7 with the
         equation, 54.2 and 53.0 with the released form.
     :param margin: NCA's delta.

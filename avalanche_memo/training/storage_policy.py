@@ -28,7 +28,7 @@ stays the same lets all classes hold equally many. These lists are this package'
 
 @dataclass(frozen=True)
 class MemoryRates:
-    """A memory that holds more than its size in some experiences (the thesis's MEM).
+    """A memory that holds more than its size in some experiences (MEM).
 
     After experience t, counted from 0, it may hold ``rates[t] * increment * images_per_class``
     exemplars, rounded down, beyond its size.
