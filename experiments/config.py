@@ -30,15 +30,28 @@ class Config:
     :param samples_per_class: use only so many images of each class (CIFAR-100).
     :param image_size: side of the images, in pixels (image_folder).
     :param class_order_seed: seed of the class order; the papers' is 1993.
-    :param backbone: resnet8 to resnet110 (CIFAR's), convnet2, imagenet_resnet10 to
-        imagenet_resnet50, or convnet4.
+    :param backbone: resnet8 to resnet110 (CIFAR's), four_stage_resnet, convnet2,
+        imagenet_resnet10 to imagenet_resnet50, or convnet4.
+    :param attention: cbam puts it into every block (resnet*, four_stage_resnet).
     :param shared_stages: stages shared; the method's own number where it is not given (all but
         the last for MEMO).
     :param train_generalized: whether the generalized blocks learn after the first experience.
     :param gradient_through_frozen: whether the loss reaches them through the frozen blocks.
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
+    :param memory_rates: per experience, what the memory may hold beyond that, as a part of an
+        increment's images; default takes the documented list for the number of steps.
     :param auxiliary_weight: weight of the auxiliary loss (MEMO, DER).
+    :param proxies: proxies of a class (PODNet).
+    :param nca: the paper's equation, or what the authors' released code computes (PODNet).
+    :param pod_weight: weight of the distillation of the stages' outputs (PODNet).
+    :param flat_weight: weight of the distillation of the features (PODNet).
+    :param pooling: spatial, width, height, channels or gap (PODNet).
+    :param flat_distillation: of features (pod), of predictions (kd), or both (PODNet).
+    :param kd_weight: weight of the distillation of predictions (PODNet).
+    :param kd_temperature: its temperature (PODNet).
+    :param less_forget_weight: weight of the less-forget constraint (UCIR).
+    :param ranking_weight: weight of the margin ranking loss (UCIR).
     :param batch_size: images per training step.
     :param lr: learning rate where a phase sets none.
     :param momentum: of SGD.
@@ -51,8 +64,8 @@ class Config:
     :param run_folder: where results go; named after the run where it is not given.
     """
 
-    method: Literal["memo", "der", "replay", "finetune"] = "memo"
-    against: list[Literal["memo", "der", "replay", "finetune"]] = field(
+    method: Literal["memo", "der", "podnet", "ucir", "replay", "finetune"] = "memo"
+    against: list[Literal["memo", "der", "podnet", "ucir", "replay", "finetune"]] = field(
         default_factory=lambda: ["finetune"]
     )
     benchmark: Literal["digits", "cifar100", "image_folder"] = "digits"
@@ -64,12 +77,24 @@ class Config:
     image_size: int = 224
     class_order_seed: int = 1993
     backbone: str = "resnet8"
+    attention: Literal["cbam"] | None = None
     shared_stages: int | None = None
     train_generalized: bool = True
     gradient_through_frozen: bool = True
     mem_size: int = 200
     exemplars_per_class: int | None = None
+    memory_rates: Literal["default"] | list[float] | None = None
     auxiliary_weight: float = 1.0
+    proxies: int = 10
+    nca: Literal["equation", "released"] = "equation"
+    pod_weight: float = 3.0
+    flat_weight: float = 1.0
+    pooling: Literal["spatial", "width", "height", "channels", "gap"] = "spatial"
+    flat_distillation: Literal["pod", "kd", "both"] = "pod"
+    kd_weight: float = 0.9
+    kd_temperature: float = 10.0
+    less_forget_weight: float = 5.0
+    ranking_weight: float = 1.0
     batch_size: int = 64
     lr: float = 0.1
     momentum: float = 0.9

@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 
 __all__ = ["accuracy_figure", "accuracy_table"]
 
-_NAMES = {"memo": "MEMO", "der": "DER", "replay": "Replay", "finetune": "Finetune"}
+_NAMES = {
+    "memo": "MEMO",
+    "der": "DER",
+    "podnet": "PODNet",
+    "ucir": "UCIR",
+    "replay": "Replay",
+    "finetune": "Finetune",
+}
 
 
 def _curves(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:

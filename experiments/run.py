@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,27 @@ from avalanche_memo.evaluation import (
     TrainingAverages,
 )
 from avalanche_memo.models import (
+    CosineClassifier,
     ExpandableNetwork,
+    GrowingLinear,
+    ProxyCosineClassifier,
     StagedBackbone,
     cifar_resnet,
     convnet2,
     convnet4,
+    four_stage_resnet,
     imagenet_resnet,
 )
-from avalanche_memo.training import DER, MEMO, Finetune, Replay
+from avalanche_memo.training import (
+    DER,
+    MEMO,
+    MEMORY_RATES,
+    UCIR,
+    Finetune,
+    MemoryRates,
+    PODNet,
+    Replay,
+)
 from avalanche_memo.training.checkpoint import Checkpoint, restore
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
@@ -91,7 +105,9 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     progress = ProgressBar(config.method, _images_per_epoch(config, train))
     stopwatch = _Stopwatch(checkpoint.extra)
     logger = TensorboardLogger(str(folder / "tensorboard"))
-    strategy, accuracy = _strategy(config, checkpoint, [progress, stopwatch], logger)
+    rates = _memory_rates(config, train)
+    plugins = [progress, stopwatch]
+    strategy, accuracy = _strategy(config, rates, checkpoint, plugins, logger)
     if state is not None:
         restore(strategy, state, train)
 
@@ -170,40 +186,96 @@ def _benchmark(config: Config) -> Any:
 def _backbone(config: Config) -> StagedBackbone:
     channels = 1 if config.benchmark == "digits" else 3
     match = re.fullmatch(r"(resnet|imagenet_resnet|convnet)(\d+)", config.backbone)
-    kind, depth = (match[1], int(match[2])) if match else ("", 0)
+    kind, depth = (match[1], int(match[2])) if match else (config.backbone, 0)
+    last_relu = config.method not in ("podnet", "ucir")
     if kind == "resnet":
-        return cifar_resnet(depth, in_channels=channels)
+        return cifar_resnet(depth, config.attention, channels, last_relu)
+    if kind == "four_stage_resnet":
+        return four_stage_resnet(config.attention, channels, last_relu)
+    if config.attention is not None:
+        raise ValueError(
+            "attention: expected none, or a backbone resnet8 to resnet110 or four_stage_resnet, "
+            f"got {config.attention} and {config.backbone}"
+        )
     if kind == "imagenet_resnet":
-        return imagenet_resnet(depth)
+        return imagenet_resnet(depth, last_relu)
     if kind == "convnet" and depth in (2, 4):
         return (convnet2 if depth == 2 else convnet4)(channels)
     raise ValueError(
-        "backbone: expected resnet8 to resnet110, convnet2, imagenet_resnet10 to "
-        f"imagenet_resnet50 or convnet4, got {config.backbone}"
+        "backbone: expected resnet8 to resnet110, four_stage_resnet, convnet2, imagenet_resnet10 "
+        f"to imagenet_resnet50 or convnet4, got {config.backbone}"
     )
 
 
+def _memory_rates(config: Config, stream: Any) -> MemoryRates | None:
+    """Return the configured rates, with the numbers of the stream.
+
+    :raises ValueError: if there is no documented list for the number of steps.
+    """
+    rates = config.memory_rates
+    if rates is None:
+        return None
+    steps = len(stream) - 1
+    if rates == "default":
+        if steps not in MEMORY_RATES:
+            raise ValueError(
+                f"memory_rates: expected a list of {steps + 1} rates; there is a default for "
+                f"{', '.join(map(str, MEMORY_RATES))} steps, got {steps}"
+            )
+        rates = list(MEMORY_RATES[steps])
+    per_class = len(stream[0].dataset) // len(stream[0].classes_in_this_experience)
+    return MemoryRates(tuple(rates), config.increment, per_class)
+
+
 def _strategy(
-    config: Config, checkpoint: Checkpoint, plugins: list[Any], logger: TensorboardLogger
+    config: Config,
+    rates: MemoryRates | None,
+    checkpoint: Checkpoint,
+    plugins: list[Any],
+    logger: TensorboardLogger,
 ) -> tuple[Any, ClassIncrementalAccuracy]:
     backbone = _backbone(config)
     stages = len(backbone.stages)
-    shared = {"memo": stages - 1, "der": 0, "replay": stages, "finetune": stages}[config.method]
+    shared = {"memo": stages - 1, "der": 0}.get(config.method, stages)
+    classifiers = {
+        "podnet": partial(ProxyCosineClassifier, config.proxies),
+        "ucir": CosineClassifier,
+    }
     network = ExpandableNetwork(
         lambda: backbone,
         shared if config.shared_stages is None else config.shared_stages,
         train_generalized=config.train_generalized,
         gradient_through_frozen=config.gradient_through_frozen,
+        make_classifier=classifiers.get(config.method, GrowingLinear),
     )
     accuracy = ClassIncrementalAccuracy()
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    memory = {"mem_size": config.mem_size, "exemplars_per_class": config.exemplars_per_class}
+    memory = {
+        "mem_size": config.mem_size,
+        "exemplars_per_class": config.exemplars_per_class,
+        "memory_rates": rates,
+    }
     auxiliary = {"auxiliary_weight": config.auxiliary_weight}
+    podnet = {
+        "nca": config.nca,
+        "pod_weight": config.pod_weight,
+        "flat_weight": config.flat_weight,
+        "pooling": config.pooling,
+        "flat_distillation": config.flat_distillation,
+        "kd_weight": config.kd_weight,
+        "temperature": config.kd_temperature,
+    }
+    ucir = {
+        "less_forget_weight": config.less_forget_weight,
+        "ranking_weight": config.ranking_weight,
+    }
     method, options = {
         "memo": (MEMO, memory | auxiliary),
         "der": (DER, memory | auxiliary),
+        "podnet": (PODNet, memory | podnet),
+        "ucir": (UCIR, memory | ucir),
         "replay": (Replay, memory),
         "finetune": (Finetune, {}),
     }[config.method]

@@ -15,7 +15,7 @@ from avalanche.models import DynamicModule
 from torch import Tensor, nn
 
 from avalanche_memo.models.fast_path import FastPath, fold_batch_norm, has_bfloat16
-from avalanche_memo.models.heads import GrowingLinear
+from avalanche_memo.models.heads import GrowingClassifier, GrowingLinear
 from avalanche_memo.models.staged import StagedBackbone
 
 __all__ = ["UNSEEN_LOGIT", "ExpandableNetwork", "NetworkOutputs", "experience_classes"]
@@ -67,9 +67,13 @@ class ExpandableNetwork(DynamicModule):
     :param gradient_through_frozen: whether the loss reaches the generalized blocks through the
         older specialized blocks, as published. ``False`` is faster: the generalized blocks then
         learn from the newest block alone.
-    :raises TypeError: if ``make_backbone`` does not return a :class:`StagedBackbone`.
+    :param make_classifier: called once, returns the classifier.
+    :raises TypeError: if ``make_backbone`` does not return a :class:`StagedBackbone`, or
+        ``make_classifier`` a :class:`GrowingClassifier`.
     :raises ValueError: if the backbone has too few stages for ``shared_stages``.
     """
+
+    _columns: Tensor
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class ExpandableNetwork(DynamicModule):
         *,
         train_generalized: bool = True,
         gradient_through_frozen: bool = True,
+        make_classifier: Callable[[], GrowingClassifier] = GrowingLinear,
     ) -> None:
         super().__init__()
         factory = callable(make_backbone) and not isinstance(make_backbone, nn.Module)
@@ -109,7 +114,15 @@ class ExpandableNetwork(DynamicModule):
         self.specialized = nn.ModuleList()
         if self.expands:
             self.specialized.append(nn.ModuleList(backbone.stages[shared_stages:]))
-        self.classifier = GrowingLinear()
+        classifier = make_classifier()
+        if not isinstance(classifier, GrowingClassifier):
+            raise TypeError(
+                "make_classifier: expected a callable that returns a GrowingClassifier, "
+                f"got {type(classifier).__name__}"
+            )
+        self.classifier = classifier
+        # A plain list, too: what empty_copy() starts from.
+        self._first_classifier = [copy.deepcopy(classifier)]
         self.classifier.grow(new_features=self.block_dim)
         self.auxiliary = nn.ModuleDict()
         self.register_buffer("_columns", torch.empty(0, dtype=torch.long), persistent=False)
@@ -130,9 +143,29 @@ class ExpandableNetwork(DynamicModule):
         return self.growth[-1] if self.growth else []
 
     @property
+    def columns(self) -> Tensor:
+        """The class ids seen so far as a tensor: the columns of the logits that count."""
+        return self._columns
+
+    @property
     def feature_dim(self) -> int:
         """The number of features D, all blocks together."""
         return self.block_dim * max(1, len(self.specialized))
+
+    @torch.no_grad()
+    def empty_copy(self) -> "ExpandableNetwork":
+        """Return a copy that has learned no class yet, to load another state of this network into.
+
+        Its weights are of no use before that.
+        """
+        copied = copy.deepcopy(self)
+        copied.growth, copied.width, copied._evaluation_width = [], 0, 0
+        copied.specialized = copied.specialized[:1]
+        copied.auxiliary.clear()
+        copied.classifier = copy.deepcopy(self._first_classifier[0]).to(self._adaptation_device)
+        copied.classifier.grow(new_features=self.block_dim)
+        copied._columns = self._columns[:0]
+        return copied
 
     def inference_modules(self) -> list[nn.Module]:
         """Return the modules that inference needs: all but the auxiliary head."""

@@ -1,15 +1,42 @@
 """Classifiers that grow with the classes and with the features of an expandable network."""
 
+import logging
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
-__all__ = ["GrowingLinear"]
+__all__ = [
+    "CosineClassifier",
+    "GrowingClassifier",
+    "GrowingLinear",
+    "ProxyCosineClassifier",
+    "class_proxies",
+]
+
+log = logging.getLogger("avalanche_memo")
 
 
-class GrowingLinear(nn.Module):
+class GrowingClassifier(nn.Module, ABC):
+    """What an expandable network asks of its classifier: features ``[B, D]`` to logits ``[B, C]``.
+
+    Rows are classes in order of appearance.
+    """
+
+    @abstractmethod
+    def grow(self, new_features: int = 0, new_classes: int = 0) -> None:
+        """Add a block of features, rows for classes, or both."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Start afresh at the present size."""
+
+
+class GrowingLinear(GrowingClassifier):
     """A linear layer that grows in both directions: features ``[B, D]`` to logits ``[B, C]``.
 
     A new class adds a row, a new block adds columns; the weight of an old (class, feature) pair is
@@ -84,3 +111,167 @@ class GrowingLinear(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of features ``[B, D]``."""
         return F.linear(features, self.weight, self.bias)
+
+
+class ProxyCosineClassifier(GrowingClassifier):
+    """PODNet's local similarity classifier: cosine similarity with several proxies of each class.
+
+    Douillard et al., "PODNet" (ECCV 2020), section 3.2: with the cosine ``s_k`` of the feature and
+    the class's proxy k, the class's similarity is ``sum_k softmax_k(gamma s)_k s_k``. The logits
+    are the similarities times a learnable scale eta. Features ``[B, D]`` to logits ``[B, C]``.
+
+    The proxies of each growth are a parameter ``[new classes * proxies, D]`` of their own, by which
+    Avalanche's optimizers follow them and by which old ones are frozen.
+
+    :param proxies: proxies per class, K.
+    :param gamma: sharpness of the softmax over a class's proxies (the authors' 1).
+    :param scale: eta to begin with.
+    :param freeze_old: whether the proxies of older classes stop learning when new ones come, as in
+        the authors' code. A phase that trains the classifier alone trains them all, as there.
+    :raises ValueError: if a number is not positive.
+    """
+
+    def __init__(
+        self,
+        proxies: int = 10,
+        *,
+        gamma: float = 1.0,
+        scale: float = 1.0,
+        freeze_old: bool = True,
+    ) -> None:
+        super().__init__()
+        if proxies < 1:
+            raise ValueError(f"proxies: expected a number of at least 1, got {proxies}")
+        for name, value in (("gamma", gamma), ("scale", scale)):
+            if value <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        self.proxies = proxies
+        self.gamma = gamma
+        self.initial_scale = scale
+        self.freeze_old = freeze_old
+        self.in_features = 0
+        self.weights = nn.ParameterList()
+        self.scale = nn.Parameter(torch.tensor([float(scale)]))
+
+    @property
+    def out_features(self) -> int:
+        """The number of classes C."""
+        return sum(len(weight) for weight in self.weights) // self.proxies
+
+    @property
+    def weight(self) -> Tensor:
+        """All proxies ``[C * K, D]``, those of one class side by side."""
+        return torch.cat([self.scale.new_empty(0, self.in_features), *self.weights])
+
+    @torch.no_grad()
+    def grow(self, new_features: int = 0, new_classes: int = 0) -> None:
+        """Add a block of features, proxies for classes, or both; what is new starts at random.
+
+        :param new_features: columns to add, 0 for none.
+        :param new_classes: classes to add.
+        :raises ValueError: if a number is negative.
+        """
+        if new_features < 0 or new_classes < 0:
+            raise ValueError(
+                "new_features, new_classes: expected numbers of at least 0, "
+                f"got {new_features} and {new_classes}"
+            )
+        self.in_features += new_features
+        if new_features:
+            for index, weight in enumerate(self.weights):
+                grown = torch.cat([weight, self._random(len(weight), new_features)], dim=1)
+                self.weights[index] = nn.Parameter(grown, requires_grad=weight.requires_grad)
+        if new_classes:
+            if self.freeze_old:
+                for weight in self.weights:
+                    weight.requires_grad_(False)
+                    weight.grad = None
+            fresh = self._random(new_classes * self.proxies, self.in_features)
+            self.weights.append(nn.Parameter(fresh))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start afresh: random proxies and the first scale."""
+        for weight in self.weights:
+            weight.copy_(self._random(*weight.shape))
+        self.scale.fill_(self.initial_scale)
+
+    @torch.no_grad()
+    def imprint(self, features: Sequence[Tensor], seed: int = 0) -> None:
+        """Set the newest classes' proxies to the centres of their features.
+
+        As in PODNet's and UCIR's code, the proxies get the mean length of the older ones.
+
+        :param features: for each class of the latest growth, in order, its samples' features
+            ``[n, D]``.
+        :param seed: of K-means.
+        :raises ValueError: if the number of classes differs from the latest growth's.
+        """
+        newest = self.weights[-1]
+        if len(features) * self.proxies != len(newest):
+            raise ValueError(
+                f"features: expected {len(newest) // self.proxies} classes, got {len(features)}"
+            )
+        centres = torch.cat([class_proxies(f, self.proxies, seed) for f in features])
+        older = torch.cat(list(self.weights[:-1]) or [newest])
+        newest.copy_(centres.to(newest) * older.norm(dim=1).mean())
+
+    def similarities(self, features: Tensor) -> Tensor:
+        """Return the similarities ``[B, C]``, each from -1 to 1, of features ``[B, D]``."""
+        cosines = F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        if self.proxies == 1:
+            return cosines
+        cosines = cosines.view(len(cosines), self.out_features, self.proxies)
+        return (F.softmax(self.gamma * cosines, dim=2) * cosines).sum(dim=2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of features ``[B, D]``: scale times similarity."""
+        return self.scale * self.similarities(features)
+
+    def _random(self, rows: int, columns: int) -> Tensor:
+        # Rows of length about 1, as Kaiming's initialisation of a linear layer gives them.
+        return self.scale.new_empty(rows, columns).normal_() / math.sqrt(max(1, self.in_features))
+
+
+class CosineClassifier(ProxyCosineClassifier):
+    """UCIR's classifier: cosine similarity with one vector per class, times a learnable scale.
+
+    Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing" (CVPR 2019),
+    equation 4. Features ``[B, D]`` to logits ``[B, C]``.
+
+    :param scale: eta to begin with (the authors' 1).
+    :param freeze_old: whether the vectors of older classes stop learning when new ones come, as in
+        the authors' code under the less-forget constraint.
+    :raises ValueError: if the scale is not positive.
+    """
+
+    def __init__(self, *, scale: float = 1.0, freeze_old: bool = True) -> None:
+        super().__init__(1, scale=scale, freeze_old=freeze_old)
+
+
+def class_proxies(features: Tensor, proxies: int, seed: int = 0) -> Tensor:
+    """Return the centres ``[K, D]``, of length 1, of the K-means clusters of a class's features.
+
+    A single proxy is the mean. A class with fewer samples than proxies can't be clustered: each
+    sample's feature serves as a proxy, over and over; the log says so.
+
+    :param features: ``[n, D]``; they are normalised first.
+    :param proxies: K.
+    :param seed: of K-means.
+    :raises ValueError: if there is no sample.
+    """
+    if not len(features):
+        raise ValueError("features: expected at least one sample, got none")
+    features = F.normalize(features.detach().float(), dim=1).cpu()
+    if proxies == 1:
+        centres = features.mean(dim=0, keepdim=True)
+    elif len(features) < proxies:
+        log.info(
+            "proxies: a class has %d samples for %d proxies; each sample serves as a proxy",
+            *(len(features), proxies),
+        )
+        centres = features[torch.arange(proxies) % len(features)]
+    else:
+        means = KMeans(proxies, n_init=10, random_state=seed).fit(features.numpy())
+        centres = torch.from_numpy(means.cluster_centers_)
+    return F.normalize(centres, dim=1)

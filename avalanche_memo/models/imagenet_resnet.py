@@ -4,7 +4,7 @@ He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), table 1; 
 as in Zhou et al., "A Model or 603 Exemplars" (ICLR 2023), whose ResNet-26 has bottleneck blocks.
 """
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from avalanche_memo.models.staged import StagedBackbone
@@ -20,7 +20,27 @@ _BLOCKS = {
 }
 
 
-def imagenet_resnet(depth: int) -> StagedBackbone:
+class _OpenBlock(nn.Module):
+    """The layers of a torchvision block, without the ReLU on its output."""
+
+    def __init__(self, block: BasicBlock | Bottleneck) -> None:
+        super().__init__()
+        self.convolutions = 3 if isinstance(block, Bottleneck) else 2
+        for name, child in block.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = dict(self.named_children())
+        residual = x
+        for i in range(1, self.convolutions + 1):
+            if i > 1:
+                residual = layers["relu"](residual)
+            residual = layers[f"bn{i}"](layers[f"conv{i}"](residual))
+        shortcut: Tensor = layers["downsample"](x) if "downsample" in layers else x
+        return residual + shortcut
+
+
+def imagenet_resnet(depth: int, last_relu: bool = True) -> StagedBackbone:
     """Make an ImageNet ResNet: images ``[B, 3, H, W]`` to features ``[B, 512]``.
 
     Stages: stem and layer1, layer2, layer3, layer4, whose maps are 1/4, 1/8, 1/16 and 1/32 of the
@@ -28,6 +48,7 @@ def imagenet_resnet(depth: int) -> StagedBackbone:
     torchvision's random initialization. ResNet-18 has 11,176,512 parameters.
 
     :param depth: 10, 18, 26, 34 or 50.
+    :param last_relu: whether a stage's output has its ReLU, as for :func:`cifar_resnet`.
     :raises ValueError: for another depth.
     """
     if depth not in _BLOCKS:
@@ -35,7 +56,10 @@ def imagenet_resnet(depth: int) -> StagedBackbone:
     block, layers = _BLOCKS[depth]
     net = ResNet(block, layers, num_classes=1)
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-    first = nn.Sequential(stem, *net.layer1)
-    return StagedBackbone(
-        [first, net.layer2, net.layer3, net.layer4], feature_dim=512 * block.expansion
-    )
+    stages = [nn.Sequential(stem, *net.layer1), net.layer2, net.layer3, net.layer4]
+    if not last_relu:
+        for stage in stages:
+            stage[-1] = _OpenBlock(stage[-1])
+        # Not in place: the maps before it are kept.
+        stages[1:] = [nn.Sequential(nn.ReLU(), *stage) for stage in stages[1:]]
+    return StagedBackbone(stages, feature_dim=512 * block.expansion)

@@ -7,19 +7,30 @@ from avalanche_memo.training.der import (
     DynamicallyExpandableRepresentation,
 )
 from avalanche_memo.training.memo import MEMO, MEMO_FIRST, MEMO_LATER
+from avalanche_memo.training.podnet import PODNET_BALANCED, PODNET_TRAINING, PODNet
 from avalanche_memo.training.replay import Finetune, Replay
+from avalanche_memo.training.storage_policy import MEMORY_RATES, MemoryRates
 from avalanche_memo.training.template import IncrementalTemplate, Phase
+from avalanche_memo.training.ucir import UCIR, UCIR_BALANCED, UCIR_TRAINING
 
 __all__ = [
     "DER",
     "DER_CLASSIFIER",
     "DER_REPRESENTATION",
     "MEMO",
+    "MEMORY_RATES",
     "MEMO_FIRST",
     "MEMO_LATER",
+    "PODNET_BALANCED",
+    "PODNET_TRAINING",
+    "UCIR",
+    "UCIR_BALANCED",
+    "UCIR_TRAINING",
     "DynamicallyExpandableRepresentation",
     "Finetune",
     "IncrementalTemplate",
+    "MemoryRates",
+    "PODNet",
     "Phase",
     "Replay",
 ]

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.plugins import AuxiliaryLossPlugin, HerdingReplayPlugin
 from avalanche_memo.training.plugins.checks import check_network
+from avalanche_memo.training.storage_policy import MemoryRates
 from avalanche_memo.training.template import IncrementalTemplate, Phase
 
 __all__ = ["DER", "DER_CLASSIFIER", "DER_REPRESENTATION", "DynamicallyExpandableRepresentation"]
@@ -48,6 +49,7 @@ class DynamicallyExpandableRepresentation(IncrementalTemplate):
     :param criterion: the main loss.
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
+    :param memory_rates: what the memory may hold beyond that, by experience.
     :param auxiliary_weight: weight of the auxiliary loss, lambda_a.
     :param base_kwargs: the arguments of :class:`IncrementalTemplate`. Without ``later_phases``,
         ``train_epochs`` epochs are followed by :data:`DER_CLASSIFIER`.
@@ -63,11 +65,14 @@ class DynamicallyExpandableRepresentation(IncrementalTemplate):
         criterion: Any = CrossEntropyLoss(),  # noqa: B008
         mem_size: int = 2000,
         exemplars_per_class: int | None = None,
+        memory_rates: MemoryRates | None = None,
         auxiliary_weight: float = 1.0,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "DER", shares="none")
-        replay = HerdingReplayPlugin(mem_size, exemplars_per_class=exemplars_per_class)
+        replay = HerdingReplayPlugin(
+            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
+        )
         losses = [AuxiliaryLossPlugin(auxiliary_weight)]
         if base_kwargs.get("later_phases") is None:
             representation = Phase(base_kwargs.get("train_epochs", 1))

@@ -13,6 +13,7 @@ from avalanche_memo.training.plugins import (
     WeightAlignmentPlugin,
 )
 from avalanche_memo.training.plugins.checks import check_network
+from avalanche_memo.training.storage_policy import MemoryRates
 from avalanche_memo.training.template import IncrementalTemplate, Phase
 
 __all__ = ["MEMO", "MEMO_FIRST", "MEMO_LATER"]
@@ -42,6 +43,7 @@ class MEMO(IncrementalTemplate):
     :param criterion: the main loss.
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
+    :param memory_rates: what the memory may hold beyond that, by experience.
     :param auxiliary_weight: weight of the auxiliary loss (the authors' 1).
     :param align_weights: whether to align the classifier's weights.
     :param base_kwargs: the arguments of :class:`IncrementalTemplate`, such as ``first_phases``,
@@ -58,12 +60,15 @@ class MEMO(IncrementalTemplate):
         criterion: Any = CrossEntropyLoss(),  # noqa: B008
         mem_size: int = 2000,
         exemplars_per_class: int | None = None,
+        memory_rates: MemoryRates | None = None,
         auxiliary_weight: float = 1.0,
         align_weights: bool = True,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "MEMO", shares="some")
-        replay = HerdingReplayPlugin(mem_size, exemplars_per_class=exemplars_per_class)
+        replay = HerdingReplayPlugin(
+            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
+        )
         losses = [AuxiliaryLossPlugin(auxiliary_weight)]
         readout = [WeightAlignmentPlugin()] if align_weights else []
         super().__init__(

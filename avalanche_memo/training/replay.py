@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.plugins import HerdingReplayPlugin
 from avalanche_memo.training.plugins.checks import check_network
+from avalanche_memo.training.storage_policy import MemoryRates
 from avalanche_memo.training.template import IncrementalTemplate
 
 __all__ = ["Finetune", "Replay"]
@@ -25,6 +26,7 @@ class Replay(IncrementalTemplate):
     :param criterion: the loss.
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
+    :param memory_rates: what the memory may hold beyond that, by experience.
     :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
     :raises ValueError: if it would add blocks.
@@ -38,10 +40,13 @@ class Replay(IncrementalTemplate):
         criterion: Any = CrossEntropyLoss(),  # noqa: B008
         mem_size: int = 2000,
         exemplars_per_class: int | None = None,
+        memory_rates: MemoryRates | None = None,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "Replay", shares="all")
-        replay = HerdingReplayPlugin(mem_size, exemplars_per_class=exemplars_per_class)
+        replay = HerdingReplayPlugin(
+            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
+        )
         super().__init__(
             model=model,
             optimizer=optimizer,

@@ -1,6 +1,9 @@
 """The exemplar memory: herding as in iCaRL (Rebuffi et al., CVPR 2017)."""
 
+import copy
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +16,54 @@ from torch.utils.data import DataLoader
 from avalanche_memo.budget import image_bytes
 from avalanche_memo.training.loading import resident_loader, sample_origins
 
-__all__ = ["HerdingBuffer", "dataset_features", "herding_order"]
+__all__ = ["MEMORY_RATES", "HerdingBuffer", "MemoryRates", "dataset_features", "herding_order"]
+
+MEMORY_RATES: dict[int, tuple[float, ...]] = {
+    steps: (steps / 25,) * (steps + 1) for steps in (5, 10, 25, 50)
+}
+"""Rates by number of steps after the first experience: 0.2, 0.4, 1 and 2 throughout. On CIFAR-100,
+Base-50, each is 1000 exemplars more, half as many again as 20 of each class at the end. A rate that
+stays the same lets all classes hold equally many. These lists are this package's own."""
+
+
+@dataclass(frozen=True)
+class MemoryRates:
+    """A memory that holds more than its size in some experiences (MEM).
+
+    After experience t, counted from 0, it may hold ``rates[t] * increment * images_per_class``
+    exemplars, rounded down, beyond its size.
+
+    :param rates: a rate for each experience.
+    :param increment: classes of a later experience.
+    :param images_per_class: training images of a class.
+    :raises ValueError: if a rate is negative or not finite, or a number below 1.
+    """
+
+    rates: tuple[float, ...]
+    increment: int
+    images_per_class: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rates", tuple(self.rates))
+        if not self.rates or any(not 0 <= rate < math.inf for rate in self.rates):
+            raise ValueError(
+                "rates: expected a finite number of at least 0 for each experience, "
+                f"got {list(self.rates)}"
+            )
+        for name in ("increment", "images_per_class"):
+            _at_least_one(name, getattr(self, name))
+
+    def extra(self, experience: int) -> int:
+        """Return how many exemplars more may be held after an experience, counted from 0.
+
+        :raises ValueError: if there is no rate for it.
+        """
+        if not 0 <= experience < len(self.rates):
+            raise ValueError(
+                f"rates: expected a rate for experience {experience}, got {len(self.rates)} rates"
+            )
+        # 0.29 * 100 is 28.999999999999996 in floating point.
+        return math.floor(round(self.rates[experience] * self.increment * self.images_per_class, 6))
 
 
 def herding_order(features: Tensor, m: int) -> Tensor:
@@ -88,11 +138,19 @@ class HerdingBuffer(ExemplarsBuffer):
     :param max_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
     :param rerank: whether older classes are ranked again with the present features.
+    :param rates: what the memory may hold beyond its size, or beyond the fixed number for each
+        class seen, by experience; all classes share it. Exemplars once dropped don't come back, so
+        where a rate rises faster than the classes, the older ones stay at what they hold.
     :raises ValueError: if a number is below 1.
     """
 
     def __init__(
-        self, max_size: int = 2000, *, exemplars_per_class: int | None = None, rerank: bool = False
+        self,
+        max_size: int = 2000,
+        *,
+        exemplars_per_class: int | None = None,
+        rerank: bool = False,
+        rates: MemoryRates | None = None,
     ) -> None:
         _at_least_one("max_size", max_size)
         if exemplars_per_class is not None:
@@ -100,6 +158,7 @@ class HerdingBuffer(ExemplarsBuffer):
         super().__init__(max_size)
         self.exemplars_per_class = exemplars_per_class
         self.rerank = rerank
+        self.rates = rates
         self.order: dict[int, Tensor] = {}
         """Per class, ``[m, 2]``: number of the source and position in its data set, best first."""
         self._sources: list[tuple[int, Any]] = []
@@ -113,19 +172,26 @@ class HerdingBuffer(ExemplarsBuffer):
             else 0
         )
 
-    def quota(self, n_classes: int) -> int:
+    def quota(self, n_classes: int, experience: int | None = None) -> int:
         """Return the exemplars a class holds when ``n_classes`` have been seen.
 
-        :raises ValueError: if the memory is smaller than the number of classes.
+        :param n_classes: classes seen.
+        :param experience: after which experience, counted from 0; the latest if not given.
+        :raises ValueError: if the memory is smaller than the number of classes, or has no rate for
+            the experience.
         """
+        extra = 0
+        if self.rates is not None:
+            latest = max(0, len(self._sources) - 1)
+            extra = self.rates.extra(latest if experience is None else experience)
         if self.exemplars_per_class is not None:
-            return self.exemplars_per_class
+            return self.exemplars_per_class + extra // n_classes
         if self.max_size < n_classes:
             raise ValueError(
                 f"mem_size: expected at least one exemplar for each of {n_classes} classes, "
                 f"got {self.max_size}"
             )
-        return int(self.max_size // n_classes)
+        return int((self.max_size + extra) // n_classes)
 
     def post_adapt(self, agent_state: Any, exp: Any) -> None:
         """Choose exemplars of an experience's classes and shorten the others'.
@@ -149,6 +215,17 @@ class HerdingBuffer(ExemplarsBuffer):
             features = dataset_features(agent_state.model, self._dataset(rows), agent_state.device)
             self.order[c] = rows[herding_order(features, quota).cpu()]
         self._rebuild()
+
+    def after(self, agent_state: Any, exp: Any) -> "HerdingBuffer":
+        """Return a copy that has learned an experience; this buffer stays as it is.
+
+        :param agent_state: the strategy, with ``model`` and ``device``.
+        :param exp: the experience.
+        """
+        copied = copy.copy(self)
+        copied._sources = list(self._sources)
+        copied.post_adapt(agent_state, exp)
+        return copied
 
     def resize(self, strategy: Any, new_size: int) -> None:
         """Change the number of exemplars in all.

@@ -33,8 +33,9 @@ class Phase:
     :param cosine: cosine annealing to 0, after the warm-up, instead of milestones.
     :param warmup_epochs: epochs over which the rate first rises linearly to its full value.
     :param learns: ``"all"``, or ``"classifier"`` alone, the rest in evaluation mode.
-    :param data: ``"all"``, or a random ``"balanced"`` subset in which each class has as many
-        samples as the rarest.
+    :param data: ``"all"``; or a random ``"balanced"`` subset in which each class has as many
+        samples as the rarest; or, where the classifier alone learns, the ``"exemplars"`` that the
+        memory will hold after the experience: their choice depends on the features alone.
     :param temperature: what the logits are divided by in the loss.
     :param reset_classifier: whether the classifier starts afresh.
     :raises ValueError: if a value is outside its range.
@@ -48,7 +49,7 @@ class Phase:
     cosine: bool = False
     warmup_epochs: int = 0
     learns: Literal["all", "classifier"] = "all"
-    data: Literal["all", "balanced"] = "all"
+    data: Literal["all", "balanced", "exemplars"] = "all"
     temperature: float = 1.0
     reset_classifier: bool = False
 
@@ -82,7 +83,18 @@ class Phase:
         )
         _check(self.gamma > 0, "gamma", "a positive number", self.gamma)
         _check(self.learns in ("all", "classifier"), "learns", "'all' or 'classifier'", self.learns)
-        _check(self.data in ("all", "balanced"), "data", "'all' or 'balanced'", self.data)
+        _check(
+            self.data in ("all", "balanced", "exemplars"),
+            "data",
+            "'all', 'balanced' or 'exemplars'",
+            self.data,
+        )
+        _check(
+            self.data != "exemplars" or self.learns == "classifier",
+            "data",
+            "'exemplars' only where learns is 'classifier'",
+            self.data,
+        )
         _check(self.temperature > 0, "temperature", "a positive number", self.temperature)
 
     @property
@@ -116,8 +128,8 @@ class IncrementalTemplate(SupervisedTemplate):
     :param later_phases: phases of the later ones; likewise.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after each epoch, or ``None``.
-    :raises ValueError: for an optimizer with several groups, and before training for an
-        experience with no data.
+    :raises ValueError: for an optimizer with several groups, for a phase on the exemplars without
+        a memory, and before training for an experience with no data.
     :raises FloatingPointError: if a loss is not finite.
     """
 
@@ -170,6 +182,13 @@ class IncrementalTemplate(SupervisedTemplate):
         whole = (Phase(train_epochs),)
         self.first_phases = whole if first_phases is None else tuple(first_phases)
         self.later_phases = whole if later_phases is None else tuple(later_phases)
+        _check(
+            bool(self._memories)
+            or all(phase.data != "exemplars" for phase in self.first_phases + self.later_phases),
+            "data",
+            "a HerdingReplayPlugin for a phase on the exemplars",
+            "none",
+        )
         self.checkpoint = checkpoint
         self.phase: Phase | None = None
         self.phase_index = 0
@@ -204,6 +223,10 @@ class IncrementalTemplate(SupervisedTemplate):
         super()._before_training_exp(**kwargs)
 
     @property
+    def _memories(self) -> list[Any]:
+        return [plugin for plugin in self.plugins if hasattr(plugin, "exemplars_after")]
+
+    @property
     def _phases(self) -> tuple[Phase, ...]:
         return self.later_phases if self.clock.train_exp_counter else self.first_phases
 
@@ -214,17 +237,16 @@ class IncrementalTemplate(SupervisedTemplate):
             if resume and index < resume["phase"]["index"]:
                 continue
             self.phase_index, self.phase = index, phase
-            learning = [p for p in self.model.parameters() if p.requires_grad]
+            learning = [(p, p.requires_grad) for p in self.model.parameters()]
             self._enter_phase(phase, resume, **kwargs)
             resume = None
             self.train_epochs = phase.epochs - self.phase_epoch
             # An early stop ends a phase, not the phases after it.
             self._stop_training = False
             super()._train_exp(experience, eval_streams, **kwargs)
-            for parameter in self.model.parameters():
+            for parameter, learns in learning:
                 parameter.grad = None
-            for parameter in learning:
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(learns)
             self.adapted_dataset, self.dataloader = all_data, all_loader
         self.phase = None
         self.model.train()
@@ -240,6 +262,9 @@ class IncrementalTemplate(SupervisedTemplate):
             # A seed of its own, saved along, so that a resumed phase draws the same subset.
             self.phase_seed = resume["phase"]["seed"] if resume else int(torch.randint(2**62, ()))
             self.adapted_dataset = _balanced_subset(self.adapted_dataset, self.phase_seed)
+        elif phase.data == "exemplars":
+            self.adapted_dataset = self._memories[0].exemplars_after(self)
+        if phase.data != "all":
             self.make_train_dataloader(**kwargs)
             for plugin in self._loading:
                 plugin.before_training_exp(self, **kwargs)

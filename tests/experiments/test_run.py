@@ -10,7 +10,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from avalanche_memo.training import Phase
+from avalanche_memo.benchmarks import split_digits
+from avalanche_memo.training import PODNET_BALANCED, PODNET_TRAINING, Phase
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.run import main, run
@@ -240,6 +241,17 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
         ({"backbone": "vgg"}, ValueError, "backbone: expected .* got vgg"),
         ({"shared_stages": 7}, ValueError, "shared_stages: expected 0 to 3"),
         ({"shared_stages": 0}, ValueError, "MEMO expected a network with shared_stages 1 or 2"),
+        ({"attention": "cbam", "backbone": "convnet2"}, ValueError, "attention: .*cbam and convn"),
+        ({"memory_rates": [-0.1] * 3}, ValueError, "rates: expected a finite number of at least 0"),
+        ({"memory_rates": [0.1]}, ValueError, "rates: expected a rate for experience 1"),
+        ({"memory_rates": "default"}, ValueError, "memory_rates: .*default for 5, 10, 25, 50"),
+        ({"memory_rates": [9.0] * 3}, ValueError, "rates: expected a memory of at most"),
+        (
+            {"method": "podnet", "kd_temperature": 0.0, "flat_distillation": "kd"},
+            ValueError,
+            "temp",
+        ),
+        ({"method": "podnet", "proxies": 0}, ValueError, "proxies: expected a number of at least"),
         ({"increment": 4}, ValueError, "increment: expected a divisor"),
         ({"benchmark": "cifar100", "data_root": "nowhere"}, FileNotFoundError, "download=True"),
         ({"benchmark": "image_folder", "data_root": "nowhere"}, FileNotFoundError, "train"),
@@ -267,7 +279,41 @@ def test_the_shipped_configurations_are_the_published_protocol():
     parse(["--config", str(CONFIGS / "memo_cifar100_b0_inc10_short.yaml")])
 
 
-@pytest.mark.parametrize("method", ["memo", "der", "replay"])
+PODNET = [
+    *("--method=podnet", "--proxies=2", "--attention=cbam", "--flat_distillation=both"),
+    '--later=[{"epochs": 2}, {"epochs": 1, "learns": "classifier", "data": "exemplars"}]',
+]
+
+
+def test_podnet_and_its_variants_are_configurations(tmp_path):
+    rates = "--memory_rates=[0.1,0.1,0.1]"
+    results = run(parse([*SHORT, *PODNET, rates, "--run_folder", str(tmp_path / "podnet")]))
+    assert {"cnn", "nme"} <= set(results)
+    assert results["config"]["flat_distillation"] == "both"
+    # 200 // 6 of each of 6 classes; an increment of 2 classes has the images of the first two.
+    train = split_digits(increment=2, classes=6).train_stream
+    more = int(0.1 * 2 * (len(train[0].dataset) // 2))
+    assert results["bytes"][-1]["exemplar_bytes"] == (200 + more) // 6 * 6 * 64
+
+
+def test_ucir_is_a_configuration(tmp_path):
+    results = run(parse([*SHORT, "--method=ucir", "--run_folder", str(tmp_path / "ucir")]))
+    assert results["cnn"]["accuracy"][0] > 0.5
+
+
+def test_the_shipped_podnet_configurations():
+    config = parse(["--config", str(CONFIGS / "podnet_cifar100_b50_inc10.yaml")])
+    assert (config.method, config.base, config.increment) == ("podnet", 50, 10)
+    assert config.exemplars_per_class == 20
+    assert config.first == [PODNET_TRAINING]
+    assert config.later == [PODNET_TRAINING, PODNET_BALANCED]
+    short = parse(["--config", str(CONFIGS / "podnet_cifar100_b50_inc10_short.yaml")])
+    assert short.first == [replace(PODNET_TRAINING, epochs=40)]
+    assert short.later == [replace(PODNET_TRAINING, epochs=40), PODNET_BALANCED]
+    assert replace(short, first=config.first, later=config.later) == config
+
+
+@pytest.mark.parametrize("method", ["memo", "der", "replay", "podnet"])
 def test_real_cifar_100(cifar100_root, tmp_path, method):
     results = run(
         parse(

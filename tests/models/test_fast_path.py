@@ -45,12 +45,24 @@ def learn(network: ExpandableNetwork) -> tuple[torch.Tensor, dict[str, torch.Ten
     "make",
     [
         partial(cifar_resnet, 14),
+        partial(cifar_resnet, 8, "cbam"),
+        partial(cifar_resnet, 8, last_relu=False),
         partial(imagenet_resnet, 10),
         partial(imagenet_resnet, 26),
+        partial(imagenet_resnet, 26, last_relu=False),
         convnet2,
         convnet4,
     ],
-    ids=["cifar", "basic", "bottleneck", "convnet2", "convnet4"],
+    ids=[
+        "cifar",
+        "cbam",
+        "no_relu",
+        "basic",
+        "bottleneck",
+        "bottleneck_no_relu",
+        "convnet2",
+        "convnet4",
+    ],
 )
 def test_a_folded_block_equals_the_block_and_has_no_batch_norm(make):
     torch.manual_seed(0)

@@ -3,6 +3,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ import torch
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training import DER, MEMO, Phase, Replay
+from avalanche_memo.models import (
+    CosineClassifier,
+    ExpandableNetwork,
+    GrowingLinear,
+    ProxyCosineClassifier,
+)
+from avalanche_memo.training import DER, MEMO, UCIR, MemoryRates, Phase, PODNet, Replay
 from avalanche_memo.training.checkpoint import Checkpoint, restore
 from avalanche_memo.training.plugins import HerdingReplayPlugin
 from tests.helpers import (
@@ -39,7 +45,19 @@ LATER = (
         reset_classifier=True,
     ),
 )
-METHODS = {"DER": (DER, 0), "MEMO": (MEMO, 2), "Replay": (Replay, 3)}
+EXEMPLARS = (LATER[0], Phase(2, learns="classifier", data="exemplars"))
+METHODS = {
+    "DER": (DER, 0, {}),
+    "MEMO": (MEMO, 2, {}),
+    "Replay": (Replay, 3, {}),
+    "PODNet": (
+        partial(PODNet, flat_distillation="both", memory_rates=MemoryRates((0, 0.4, 0.8), 2, 6)),
+        3,
+        {"later_phases": EXEMPLARS},
+    ),
+    "UCIR": (UCIR, 3, {"later_phases": EXEMPLARS}),
+}
+CLASSIFIERS = {"PODNet": partial(ProxyCosineClassifier, 2), "UCIR": CosineClassifier}
 
 
 class Draw(SupervisedPlugin):
@@ -74,15 +92,16 @@ def make(path: Path, *plugins: Any, method: str = "DER", seed: int = 0, fast: bo
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
-    strategy, shared_stages = METHODS[method]
-    model = ExpandableNetwork(tiny_backbone, shared_stages)
+    strategy, shared_stages, own = METHODS[method]
+    classifier = CLASSIFIERS.get(method, GrowingLinear)
+    model = ExpandableNetwork(tiny_backbone, shared_stages, make_classifier=classifier)
     return strategy(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
         mem_size=20,
         train_mb_size=6,
         first_phases=[FIRST],
-        later_phases=LATER,
+        **{"later_phases": LATER, **own},
         plugins=[Draw(), *plugins],
         evaluator=silent(),
         fast=fast,
@@ -171,6 +190,27 @@ def test_other_methods_go_on(method, epoch, tmp_path, whole_runs):
     strategy = resume(path, method=method)
     go_on(strategy, make_benchmark().train_stream)
     assert_same_outcome(outcome(strategy), whole_runs(method))
+
+
+@pytest.mark.parametrize("method", ["PODNet", "UCIR"])
+@pytest.mark.parametrize(
+    ("event", "n", "save_between", "fast"),
+    [
+        ("before_training_epoch", 4, False, False),  # after an epoch on all data
+        ("before_training_epoch", 6, False, False),  # after an epoch on the exemplars
+        ("before_training_epoch", 6, False, True),
+        ("before_training_epoch", 8, False, True),
+        ("before_training_epoch", 7, True, False),  # between two experiences
+        ("after_training_exp", 2, False, False),
+    ],
+)
+def test_distillation_goes_on(method, fast, event, n, save_between, tmp_path, whole_runs):
+    path = tmp_path / "run.pt"
+    options = {"method": method, "fast": fast}
+    interrupted(path, event, n, save_between=save_between, **options)
+    strategy = resume(path, **options)
+    go_on(strategy, make_benchmark().train_stream, save_between=save_between)
+    assert_same_outcome(outcome(strategy), whole_runs(method, fast))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, ToTensor
 
 from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training import Replay
+from avalanche_memo.training import MEMORY_RATES, MemoryRates, Replay
 from avalanche_memo.training.plugins import HerdingReplayPlugin
 from avalanche_memo.training.storage_policy import HerdingBuffer, herding_order
 from tests.helpers import APIS, ORDER, grey_images, make_benchmark, silent, tiny_backbone
@@ -133,6 +133,92 @@ def test_quotas(api, options, quotas):
     for n, quota in enumerate(quotas, start=1):
         fill(buffer, [stream[n - 1]])
         assert Counter(map(int, buffer.buffer.targets)) == dict.fromkeys(ORDER[: 2 * n], quota)
+
+
+# Of 9 images in each class, and 2 classes an experience: a rate of 0.5 is 9 exemplars.
+@pytest.mark.parametrize(
+    ("options", "rates", "held"),
+    [
+        # (6 + 9) / 2, (6 + 9) / 4 and (6 + 9) / 6 for each class.
+        ({"max_size": 6}, (0.5, 0.5, 0.5), [[7], [3, 3], [2, 2, 2]]),
+        # 6 / 2, (6 + 18) / 4 of which older classes have 3 left, (6 + 0) / 6.
+        ({"max_size": 6}, (0, 1, 0), [[3], [3, 6], [1, 1, 1]]),
+        # 1 + 9 / 2, 1 + 9 / 4, 1 + 5 / 6: 0.3 of 18 is 5.4.
+        ({"exemplars_per_class": 1}, (0.5, 0.5, 0.3), [[5], [3, 3], [1, 1, 1]]),
+    ],
+)
+def test_rates_add_exemplars_by_experience(options, rates, held):
+    buffer = HerdingBuffer(**options, rates=MemoryRates(rates, 2, 9))
+    stream = make_benchmark(per_class=9).train_stream
+    for n, expected in enumerate(held):
+        fill(buffer, [stream[n]])
+        counts = [len(images) for images in exemplars(buffer).values()]
+        assert counts == [m for m in expected for _ in range(2)]
+    # The same from a saved state.
+    again = HerdingBuffer(**options, rates=MemoryRates(rates, 2, 9))
+    again.load_state_dict(buffer.state_dict(), stream)
+    assert again.quota(6) == buffer.quota(6) == held[-1][-1]
+
+
+def test_extra_exemplars_are_counted_by_hand():
+    rates = MemoryRates([0, 0.29, 2], 10, 500)
+    assert [rates.extra(n) for n in range(3)] == [0, 1450, 10_000]
+    assert MemoryRates((0.29,), 10, 10).extra(0) == 29
+    for steps, listed in MEMORY_RATES.items():
+        assert len(listed) == steps + 1
+        extra = MemoryRates(listed, 50 // steps, 500).extra
+        assert {extra(n) for n in range(steps + 1)} == {1000}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((0.1, -0.5), 2, 9), r"rates: expected .* at least 0 .*got \[0.1, -0.5\]"),
+        (((float("nan"),), 2, 9), r"rates: .*got \[nan\]"),
+        (((), 2, 9), r"rates: .*got \[\]"),
+        (((0.1,), 0, 9), "increment: expected a number of at least 1, got 0"),
+        (((0.1,), 2, -3), "images_per_class: expected a number of at least 1, got -3"),
+    ],
+)
+def test_memory_rates_refuse(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryRates(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ((0.5, 0.5), "rates: expected a rate for experience 2, got 2 rates"),
+        # 2 experiences have 36 images; (10 + 36) // 4 for each of 4 classes are 44.
+        ((0, 2.0, 0, 0, 0), "rates: expected a memory of at most 36 .*experience 1, got 44 .*2.0"),
+    ],
+)
+def test_rates_that_do_not_fit_the_stream_are_refused_before_training(rates, message):
+    model = network()
+    before = [p.clone() for p in model.parameters()]
+    strategy = Replay(
+        model=model,
+        optimizer=sgd(model),
+        mem_size=10,
+        memory_rates=MemoryRates(rates, 2, 9),
+        evaluator=silent(),
+    )
+    with pytest.raises(ValueError, match=message):
+        strategy.train(make_benchmark(per_class=9).train_stream)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_look_ahead_leaves_the_memory_as_it_was():
+    buffer = HerdingBuffer(9)
+    stream = make_benchmark().train_stream
+    fill(buffer, [stream[0]])
+    before = {c: order.tolist() for c, order in buffer.order.items()}
+    ahead = buffer.after(agent(), stream[1])
+    assert {c: order.tolist() for c, order in buffer.order.items()} == before
+    assert len(buffer.state_dict()["experiences"]) == 1
+    fill(buffer, [stream[1]])
+    assert ahead.state_dict()["experiences"] == buffer.state_dict()["experiences"]
+    assert [o.tolist() for o in ahead.order.values()] == [o.tolist() for o in buffer.order.values()]
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -29,8 +29,15 @@ from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 
-from avalanche_memo.models import ExpandableNetwork, cifar_resnet, convnet2
-from avalanche_memo.training import DER, MEMO, Finetune, Phase, Replay
+from avalanche_memo.models import (
+    CosineClassifier,
+    ExpandableNetwork,
+    GrowingLinear,
+    ProxyCosineClassifier,
+    cifar_resnet,
+    convnet2,
+)
+from avalanche_memo.training import DER, MEMO, UCIR, Finetune, Phase, PODNet, Replay
 from avalanche_memo.training.plugins import (
     AuxiliaryLossPlugin,
     HerdingReplayPlugin,
@@ -49,11 +56,20 @@ from tests.helpers import (
 
 BALANCED = Phase(1, lr=0.1, learns="classifier", data="balanced", reset_classifier=True)
 
+EXEMPLARS = (Phase(1), Phase(1, learns="classifier", data="exemplars"))
+
+CLASSIFIERS = {
+    "PODNet": partial(ProxyCosineClassifier, 2),
+    "UCIR": partial(CosineClassifier, scale=10.0),
+}
+
 METHODS: dict[str, tuple[Any, Any, int, dict[str, Any]]] = {
     # strategy, backbone of one input channel, shared stages, options
     "MEMO": (MEMO, partial(convnet2, 1), 1, {"mem_size": 20}),
     "MEMO-2": (MEMO, partial(cifar_resnet, 8, in_channels=1), 1, {"exemplars_per_class": 2}),
     "DER": (DER, tiny_backbone, 0, {"mem_size": 20, "later_phases": (Phase(1), BALANCED)}),
+    "PODNet": (PODNet, tiny_backbone, 3, {"mem_size": 20, "later_phases": EXEMPLARS}),
+    "UCIR": (UCIR, tiny_backbone, 3, {"mem_size": 20}),
     "Replay": (Replay, tiny_backbone, 3, {"mem_size": 20}),
     "Finetune": (Finetune, tiny_backbone, 3, {}),
 }
@@ -67,7 +83,8 @@ def make(method: str, *, seed: int = 0, **options: Any) -> Any:
     """A strategy on a fresh network, after seeding."""
     torch.manual_seed(seed)
     strategy, backbone, shared_stages, own = METHODS[method]
-    model = ExpandableNetwork(backbone, shared_stages)
+    classifier = CLASSIFIERS.get(method, GrowingLinear)
+    model = ExpandableNetwork(backbone, shared_stages, make_classifier=classifier)
     defaults = {"train_mb_size": 6, "evaluator": silent()}
     return strategy(model=model, optimizer=sgd(model), **{**defaults, **own, **options})
 
@@ -102,11 +119,13 @@ def test_learns_arbitrary_class_ids(method, api, fast):
     assert set(predictions.tolist()) <= set(ORDER[:6])
 
 
-@pytest.mark.parametrize("method", ["MEMO", "DER", "Replay"])
+@pytest.mark.parametrize("method", ["MEMO", "DER", "Replay", "PODNet", "UCIR"])
 def test_learns(method):
     """Well over the chance of a sixth, on all classes, the first ones included."""
-    two_phases = (Phase(15), replace(BALANCED, epochs=15))
-    options = {"later_phases": two_phases} if method == "DER" else {}
+    second = {"DER": BALANCED, "PODNet": EXEMPLARS[1]}
+    options = {}
+    if method in second:
+        options["later_phases"] = (Phase(15), replace(second[method], epochs=15))
     strategy = make(method, train_epochs=15, evaluator=seen_accuracy(), **options)
     last = matrix(strategy, make_benchmark())[-1][:3]
     assert sum(last) / 3 > 0.6
@@ -292,7 +311,7 @@ def test_refuses_a_network_of_another_method(strategy, shared_stages, expected):
         strategy(model=model, optimizer=sgd(model))
 
 
-@pytest.mark.parametrize("strategy", [MEMO, DER, Replay])
+@pytest.mark.parametrize("strategy", [MEMO, DER, Replay, PODNet, UCIR])
 def test_refuses_another_model(strategy):
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"model: .* expected .*ExpandableNetwork, got Linear"):

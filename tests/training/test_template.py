@@ -11,7 +11,17 @@ from avalanche.evaluation.metrics import loss_metrics
 from avalanche.training.plugins import EvaluationPlugin
 
 from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training import DER, MEMO, Finetune, Phase
+from avalanche_memo.training import (
+    DER,
+    MEMO,
+    PODNET_BALANCED,
+    PODNET_TRAINING,
+    UCIR_BALANCED,
+    UCIR_TRAINING,
+    Finetune,
+    Phase,
+    Replay,
+)
 from avalanche_memo.training.der import DER_CLASSIFIER, DER_REPRESENTATION
 from avalanche_memo.training.memo import MEMO_FIRST, MEMO_LATER
 from tests.helpers import (
@@ -82,7 +92,8 @@ class Record(SupervisedPlugin):
         ({"milestones": (2,), "cosine": True}, "milestones: expected none beside cosine"),
         ({"warmup_epochs": -1}, "warmup_epochs: .*got -1"),
         ({"learns": "head"}, "learns: expected 'all' or 'classifier', got head"),
-        ({"data": "some"}, "data: expected 'all' or 'balanced', got some"),
+        ({"data": "some"}, "data: expected 'all', 'balanced' or 'exemplars', got some"),
+        ({"data": "exemplars"}, "data: expected 'exemplars' only where learns is 'classifier'"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
     ],
 )
@@ -130,6 +141,15 @@ def test_learning_rates_of_a_phase(options, rates):
             5e-4,
         ),
         (DER_CLASSIFIER, 30, {0: 0.1, 14: 0.1, 15: 1e-2, 29: 1e-2}, 5e-4),
+        (
+            PODNET_TRAINING,
+            160,
+            {0: 0.1, 40: 0.1 * (2 + 2**0.5) / 4, 80: 0.05, 120: 0.1 * (2 - 2**0.5) / 4},
+            5e-4,
+        ),
+        (PODNET_BALANCED, 20, {0: 0.05, 19: 0.05}, 5e-4),
+        (UCIR_TRAINING, 160, {0: 0.1, 79: 0.1, 80: 1e-2, 120: 1e-3, 159: 1e-3}, 5e-4),
+        (UCIR_BALANCED, 20, {0: 0.01, 9: 0.01, 10: 1e-3, 19: 1e-3}, 1e-4),
     ],
 )
 def test_published_schedules(phase, epochs, rates, weight_decay):
@@ -292,6 +312,44 @@ def test_the_second_phase_has_as_many_samples_of_each_class(labels, fast):
         second.counts.clear()
         strategy.train(experience)
         assert second.counts == [dict.fromkeys(ORDER[:seen], 4)] * 2
+
+
+class Herded(SupervisedPlugin):
+    """Keeps what each epoch of the second phase is trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Counter] = []
+
+    def before_training_epoch(self, strategy, **kwargs):
+        self.epoch: Counter = Counter()
+        if strategy.phase_index == 1:
+            self.seen.append(self.epoch)
+
+    def before_forward(self, strategy, **kwargs):
+        for image, label in zip(strategy.mb_x, strategy.mb_y.tolist(), strict=True):
+            self.epoch[(label, *(255 * image).round().int().flatten().tolist())] += 1
+
+
+@FAST
+@pytest.mark.parametrize("api", APIS)
+def test_a_phase_on_the_exemplars_trains_on_what_is_held_afterwards(api, fast):
+    herded = Herded()
+    phases = [Phase(1), Phase(2, learns="classifier", data="exemplars")]
+    strategy = make(Replay, 3, herded, later_phases=phases, fast=fast, mem_size=14)
+    for n, experience in enumerate(make_benchmark(api).train_stream[:3]):
+        herded.seen.clear()
+        strategy.train(experience)
+        held = Counter()
+        for image, label, *_ in strategy.plugins[0].buffer.buffer.eval():
+            held[(int(label), *(255 * image).round().int().flatten().tolist())] += 1
+        assert len(held) == [6 * 2, 3 * 4, 2 * 6][n]  # a class has 6 samples
+        assert herded.seen == ([held, held] if n else [])
+
+
+def test_a_phase_on_the_exemplars_needs_a_memory():
+    with pytest.raises(ValueError, match=r"data: expected a HerdingReplayPlugin .*got none"):
+        make(Finetune, 3, later_phases=[Phase(1, learns="classifier", data="exemplars")])
 
 
 @FAST

@@ -1,7 +1,27 @@
 """Plugins: each concern of a method, usable on any Avalanche strategy."""
 
 from avalanche_memo.training.plugins.auxiliary_loss import AuxiliaryLossPlugin
+from avalanche_memo.training.plugins.distillation import (
+    LessForgetPlugin,
+    PODDistillationPlugin,
+    PreviousModel,
+    SoftmaxDistillationPlugin,
+)
+from avalanche_memo.training.plugins.gradient_clamp import GradientClampPlugin
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
+from avalanche_memo.training.plugins.imprinting import ImprintingPlugin
+from avalanche_memo.training.plugins.margin_ranking import MarginRankingPlugin
 from avalanche_memo.training.plugins.weight_alignment import WeightAlignmentPlugin
 
-__all__ = ["AuxiliaryLossPlugin", "HerdingReplayPlugin", "WeightAlignmentPlugin"]
+__all__ = [
+    "AuxiliaryLossPlugin",
+    "GradientClampPlugin",
+    "HerdingReplayPlugin",
+    "ImprintingPlugin",
+    "LessForgetPlugin",
+    "MarginRankingPlugin",
+    "PODDistillationPlugin",
+    "PreviousModel",
+    "SoftmaxDistillationPlugin",
+    "WeightAlignmentPlugin",
+]

@@ -3,8 +3,9 @@
 from typing import Any, Literal
 
 from avalanche_memo.models.expandable import ExpandableNetwork
+from avalanche_memo.models.heads import ProxyCosineClassifier
 
-__all__ = ["check_network"]
+__all__ = ["check_cosine_classifier", "check_network"]
 
 
 def check_network(
@@ -36,3 +37,18 @@ def check_network(
             f"{' or '.join(map(str, accepted))} of {model.stages}, got {model.shared_stages}"
         )
     return model
+
+
+def check_cosine_classifier(model: Any, user: str) -> None:
+    """Check that the model is an expandable network with a cosine classifier.
+
+    :param model: what was given.
+    :param user: the strategy or plugin that needs it, for the message.
+    :raises TypeError: if it is another network, or has another classifier.
+    """
+    classifier = check_network(model, user).classifier
+    if not isinstance(classifier, ProxyCosineClassifier):
+        raise TypeError(
+            f"model: {user} expected a network whose make_classifier returns a "
+            f"ProxyCosineClassifier or a CosineClassifier, got a {type(classifier).__name__}"
+        )

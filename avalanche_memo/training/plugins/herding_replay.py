@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.training.loading import shuffled_loader
-from avalanche_memo.training.storage_policy import HerdingBuffer, dataset_features
+from avalanche_memo.training.storage_policy import HerdingBuffer, MemoryRates, dataset_features
 
 __all__ = ["HerdingReplayPlugin"]
 
@@ -24,18 +24,25 @@ class HerdingReplayPlugin(SupervisedPlugin):
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
     :param rerank: whether older classes are herded again with the present features.
+    :param rates: what the memory may hold beyond that, by experience.
     :raises ValueError: if a number is below 1; before training, if the memory holds less than one
-        exemplar for each class of the stream.
+        exemplar for each class of the stream, or has too few rates for it, or rates by which it
+        would hold more than there is.
     """
 
     def __init__(
-        self, mem_size: int = 2000, *, exemplars_per_class: int | None = None, rerank: bool = False
+        self,
+        mem_size: int = 2000,
+        *,
+        exemplars_per_class: int | None = None,
+        rerank: bool = False,
+        rates: MemoryRates | None = None,
     ) -> None:
         super().__init__()
         if mem_size < 1:
             raise ValueError(f"mem_size: expected a number of at least 1, got {mem_size}")
         self.buffer = HerdingBuffer(
-            mem_size, exemplars_per_class=exemplars_per_class, rerank=rerank
+            mem_size, exemplars_per_class=exemplars_per_class, rerank=rerank, rates=rates
         )
         self._means: tuple[list[int], Tensor] | None = None
 
@@ -43,7 +50,9 @@ class HerdingReplayPlugin(SupervisedPlugin):
         """Check the memory against all classes of the stream, before anything is trained."""
         stream = getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
         classes = {c for e in stream for c in experience_classes(e)}
-        self.buffer.quota(len(classes | set(self.buffer.order)))
+        self.buffer.quota(len(classes | set(self.buffer.order)), 0)
+        if self.buffer.rates is not None and not self.buffer.order:
+            _check_rates(self.buffer, stream)
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Add the exemplars to the experience's data."""
@@ -62,6 +71,14 @@ class HerdingReplayPlugin(SupervisedPlugin):
         """Choose the exemplars of the classes just learned."""
         self.buffer.post_adapt(strategy, strategy.experience)
         self._means = None
+
+    def exemplars_after(self, strategy: Any) -> Any:
+        """Return the exemplars that would be held if the present experience ended now.
+
+        They carry the training transforms. The memory itself does not change, so the choice is made
+        again when the experience ends.
+        """
+        return self.buffer.after(strategy, strategy.experience).buffer.train()
 
     def class_means(self, strategy: Any) -> tuple[list[int], Tensor] | None:
         """Return class ids and the L2-normalised means ``[C, D]`` of their exemplars' features.
@@ -86,3 +103,22 @@ class HerdingReplayPlugin(SupervisedPlugin):
         """Take back saved positions; ``stream`` is the training stream they point into."""
         self.buffer.load_state_dict(state, stream)
         self._means = None
+
+
+def _check_rates(buffer: HerdingBuffer, stream: Any) -> None:
+    """Check the rates against the stream, before anything is trained.
+
+    :raises ValueError: if there are too few, or the memory would hold more than there is.
+    """
+    seen: set[int] = set()
+    images = 0
+    for number, experience in enumerate(stream):
+        seen |= set(experience_classes(experience))
+        images += len(experience.dataset)
+        held = buffer.quota(len(seen), number) * len(seen)
+        assert buffer.rates is not None
+        if buffer.rates.rates[number] > 0 and held > images:
+            raise ValueError(
+                f"rates: expected a memory of at most {images} exemplars, all images seen up to "
+                f"experience {number}, got {held} by the rate {buffer.rates.rates[number]}"
+            )

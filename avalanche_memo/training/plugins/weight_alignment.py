@@ -33,7 +33,8 @@ def align_weights(classifier: GrowingLinear, n_new: int) -> float:
 class WeightAlignmentPlugin(SupervisedPlugin):
     """Align the classifier's weights after each experience that brought new classes.
 
-    :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
+    :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a linear
+        classifier.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,12 @@ class WeightAlignmentPlugin(SupervisedPlugin):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
-        check_network(strategy.model, "WeightAlignmentPlugin")
+        classifier = check_network(strategy.model, "WeightAlignmentPlugin").classifier
+        if not isinstance(classifier, GrowingLinear):
+            raise TypeError(
+                "model: WeightAlignmentPlugin expected a network with a GrowingLinear, "
+                f"got a {type(classifier).__name__}"
+            )
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Align, once per growth."""

@@ -1,0 +1,277 @@
+"""Distillation from the network as it was before the present experience, in three kinds: of pooled
+outputs (PODNet), of softened predictions, and of features (UCIR)."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+
+from avalanche_memo.models.expandable import ExpandableNetwork, NetworkOutputs
+from avalanche_memo.models.fast_path import fold_batch_norm
+from avalanche_memo.training.losses import (
+    POOLINGS,
+    less_forget_loss,
+    pod_loss,
+    softmax_distillation_loss,
+)
+from avalanche_memo.training.plugins.checks import check_network
+
+__all__ = [
+    "LessForgetPlugin",
+    "PODDistillationPlugin",
+    "PreviousModel",
+    "SoftmaxDistillationPlugin",
+]
+
+
+class PreviousModel:
+    """A frozen copy of the network as the last experience left it.
+
+    Plugins that are given the same one share a forward pass per batch.
+    """
+
+    def __init__(self) -> None:
+        self.network: ExpandableNetwork | None = None
+        self._running: ExpandableNetwork | None = None
+        self._saved: dict[str, Any] | None = None
+        self._images: Tensor | None = None
+        self._outputs: NetworkOutputs | None = None
+
+    def keep(self, network: ExpandableNetwork) -> None:
+        """Take a copy of a network."""
+        self._take(copy.deepcopy(network))
+
+    def restore(self, network: ExpandableNetwork) -> None:
+        """Rebuild a copy that was loaded, in the likeness of the network that trains now."""
+        if self._saved is not None:
+            copied = network.empty_copy()
+            copied.load_state_dict(self._saved)
+            self._take(copied)
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> NetworkOutputs | None:
+        """Return what the copy makes of images, or ``None`` before there is a copy."""
+        if self._running is None:
+            return None
+        if self._images is not images:
+            self._running(images)
+            self._images, self._outputs = images, self._running.outputs
+        return self._outputs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the copy's weights and structure."""
+        state = self._saved
+        if self.network is not None:
+            state = dict(self.network.state_dict())
+        return {"network": state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned; :meth:`restore` makes it effective."""
+        self.network = self._running = self._images = self._outputs = None
+        self._saved = state["network"]
+
+    def _take(self, network: ExpandableNetwork) -> None:
+        self.network = network.eval().requires_grad_(False)
+        for parameter in network.parameters():
+            parameter.grad = None
+        self._running = self.network
+        if network.fast.fold_frozen:
+            # All of the copy is frozen, so all of it is folded.
+            self._running = copy.deepcopy(network)
+            self._running.generalized = nn.ModuleList(
+                fold_batch_norm(stage, torch.float32) for stage in network.generalized
+            )
+        self._saved = self._images = self._outputs = None
+
+
+class _Distillation(SupervisedPlugin):
+    """Adds a loss between the present outputs and the previous network's, once there is one."""
+
+    def __init__(self, teacher: PreviousModel | None) -> None:
+        super().__init__()
+        self.teacher = PreviousModel() if teacher is None else teacher
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Rebuild the previous network if the run was resumed."""
+        self.teacher.restore(strategy.model)
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the loss to ``strategy.loss``."""
+        if self.teacher.network is None or not self.applies(strategy.model.outputs):
+            return
+        old = self.teacher.outputs(strategy.mb_x)
+        assert old is not None
+        strategy.loss = strategy.loss + self.loss(strategy.model, old)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Keep the network as it is now."""
+        self.teacher.keep(strategy.model)
+
+    def applies(self, outputs: NetworkOutputs) -> bool:
+        """Return whether there is something to learn; a phase may train the classifier alone."""
+        return outputs.features.requires_grad
+
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
+        """Return the weighted loss of the present batch."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the previous network."""
+        return self.teacher.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.teacher.load_state_dict(state)
+
+
+class PODDistillationPlugin(_Distillation):
+    """Pooled outputs distillation, from the second experience on.
+
+    PODNet (Douillard et al., ECCV 2020), section 3.1:
+    ``L = L_main + f (weight * L_POD-spatial + flat_weight * L_POD-flat)`` with
+    ``f = sqrt(classes seen / new classes)``; the classes seen include the new ones, as in the
+    authors' code. POD-flat is :func:`less_forget_loss` on the features, as there.
+
+    The published stage outputs are those before a stage's last ReLU, and the features those before
+    any: a backbone made with ``last_relu=False`` has them. Any other works too, with the outputs
+    that it has.
+
+    :param weight: of POD on the stages' outputs, lambda_c: 3 on CIFAR-100.
+    :param flat_weight: of POD-flat, lambda_f; 0 leaves it out.
+    :param pooling: how :func:`pod_loss` pools.
+    :param normalize: whether pooled outputs are L2-normalised.
+    :param adaptive: whether the factor f applies.
+    :param teacher: the previous network, if several plugins are to share it.
+    :raises ValueError: for a negative weight or an unknown pooling; before training, for a network
+        that adds blocks.
+    :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
+    """
+
+    def __init__(
+        self,
+        weight: float = 3.0,
+        flat_weight: float = 1.0,
+        *,
+        pooling: str = "spatial",
+        normalize: bool = True,
+        adaptive: bool = True,
+        teacher: PreviousModel | None = None,
+    ) -> None:
+        super().__init__(teacher)
+        _not_negative("weight", weight)
+        _not_negative("flat_weight", flat_weight)
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        self.weight, self.flat_weight = weight, flat_weight
+        self.pooling, self.normalize, self.adaptive = pooling, normalize, adaptive
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model."""
+        check_network(strategy.model, "PODDistillationPlugin", shares="all")
+
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
+        """Return both parts, weighted."""
+        new = network.outputs
+        assert new is not None
+        loss = new.features.new_zeros(())
+        if self.weight:
+            stages = pod_loss(old.stage_maps, new.stage_maps, self.pooling, self.normalize)
+            loss = loss + self.weight * stages
+        if self.flat_weight:
+            loss = loss + self.flat_weight * less_forget_loss(old.features, new.features)
+        return loss * _growth_factor(network) if self.adaptive else loss
+
+
+class SoftmaxDistillationPlugin(_Distillation):
+    """Distillation of the old classes' softened predictions, from the second experience on.
+
+    ``L = L_main + weight * T^2 KL(p_old || p_new)`` over the classes that the previous network
+    knows (:func:`softmax_distillation_loss`). It also applies where the classifier alone learns.
+
+    :param weight: of the loss.
+    :param temperature: T.
+    :param adaptive: whether the weight is multiplied by ``sqrt(classes seen / new classes)``.
+    :param teacher: the previous network, if several plugins are to share it.
+    :raises ValueError: for a negative weight or a temperature that is not above 0.
+    :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
+    """
+
+    def __init__(
+        self,
+        weight: float = 0.9,
+        temperature: float = 10.0,
+        *,
+        adaptive: bool = False,
+        teacher: PreviousModel | None = None,
+    ) -> None:
+        super().__init__(teacher)
+        _not_negative("weight", weight)
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+        self.weight, self.temperature, self.adaptive = weight, temperature, adaptive
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model."""
+        check_network(strategy.model, "SoftmaxDistillationPlugin")
+
+    def applies(self, outputs: NetworkOutputs) -> bool:
+        """Return whether there is something to learn."""
+        return outputs.logits.requires_grad
+
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
+        """Return the loss on the old classes' columns, weighted."""
+        assert self.teacher.network is not None
+        assert network.outputs is not None
+        columns = self.teacher.network.columns
+        logits = network.outputs.logits[:, columns], old.logits[:, columns]
+        weight = self.weight * (_growth_factor(network) if self.adaptive else 1.0)
+        return weight * softmax_distillation_loss(*logits, self.temperature)
+
+
+class LessForgetPlugin(_Distillation):
+    """UCIR's less-forget constraint on the features, from the second experience on.
+
+    Hou et al., CVPR 2019, section 3.3: ``L = L_main + weight * sqrt(old / new) * L_dis`` with the
+    numbers of old and new classes.
+
+    :param weight: lambda_base: 5 on CIFAR-100, 10 on ImageNet.
+    :param adaptive: whether the square root applies.
+    :param teacher: the previous network, if several plugins are to share it.
+    :raises ValueError: for a negative weight.
+    :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
+    """
+
+    def __init__(
+        self,
+        weight: float = 5.0,
+        *,
+        adaptive: bool = True,
+        teacher: PreviousModel | None = None,
+    ) -> None:
+        super().__init__(teacher)
+        _not_negative("weight", weight)
+        self.weight, self.adaptive = weight, adaptive
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model."""
+        check_network(strategy.model, "LessForgetPlugin", shares="all")
+
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
+        """Return the loss, weighted."""
+        assert network.outputs is not None
+        loss = self.weight * less_forget_loss(old.features, network.outputs.features)
+        n_new = len(network.new_classes)
+        n_old = len(network.classes) - n_new
+        return loss * math.sqrt(n_old / n_new) if self.adaptive else loss
+
+
+def _growth_factor(network: ExpandableNetwork) -> float:
+    return math.sqrt(len(network.classes) / len(network.new_classes))
+
+
+def _not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name}: expected a number of at least 0, got {value}")

@@ -1,0 +1,49 @@
+"""UCIR's inter-class separation: Hou et al., "Learning a Unified Classifier Incrementally via
+Rebalancing" (CVPR 2019), section 3.4."""
+
+from typing import Any
+
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_memo.training.losses import margin_ranking_loss
+from avalanche_memo.training.plugins.checks import check_cosine_classifier
+
+__all__ = ["MarginRankingPlugin"]
+
+
+class MarginRankingPlugin(SupervisedPlugin):
+    """Keep old classes' samples apart from the new classes, from the second experience on.
+
+    ``L = L_main + weight * L_mr`` (:func:`margin_ranking_loss`) on the similarities before scaling.
+
+    :param k: hard negatives of a sample (the authors' 2); no more than there are new classes.
+    :param margin: the margin (the authors' 0.5).
+    :param weight: of the loss (the authors' 1).
+    :raises ValueError: if k is below 1, or the margin or weight negative.
+    :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a cosine
+        classifier.
+    """
+
+    def __init__(self, k: int = 2, margin: float = 0.5, weight: float = 1.0) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"k: expected a number of at least 1, got {k}")
+        for name, value in (("margin", margin), ("weight", weight)):
+            if value < 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+        self.k, self.margin, self.weight = k, margin, weight
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model."""
+        check_cosine_classifier(strategy.model, "MarginRankingPlugin")
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the loss to ``strategy.loss``."""
+        network = strategy.model
+        old_classes = [c for new in network.growth[:-1] for c in new]
+        if not old_classes:
+            return
+        similarities = network.outputs.logits / network.classifier.scale
+        k = min(self.k, len(network.new_classes))
+        loss = margin_ranking_loss(similarities, strategy.mb_y, old_classes, k, self.margin)
+        strategy.loss = strategy.loss + self.weight * loss

@@ -1,0 +1,88 @@
+"""UCIR: Hou et al., "Learning a Unified Classifier Incrementally via Rebalancing", CVPR 2019."""
+
+from typing import Any
+
+from torch.nn import CrossEntropyLoss
+from torch.optim import Optimizer
+
+from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.training.plugins import (
+    HerdingReplayPlugin,
+    ImprintingPlugin,
+    LessForgetPlugin,
+    MarginRankingPlugin,
+)
+from avalanche_memo.training.plugins.checks import check_cosine_classifier, check_network
+from avalanche_memo.training.storage_policy import MemoryRates
+from avalanche_memo.training.template import IncrementalTemplate, Phase
+
+__all__ = ["UCIR", "UCIR_BALANCED", "UCIR_TRAINING"]
+
+UCIR_TRAINING = Phase(160, lr=0.1, weight_decay=5e-4, milestones=(80, 120))
+"""Every experience's schedule on CIFAR-100, batches of 128 (the authors' released defaults)."""
+
+UCIR_BALANCED = Phase(
+    20, lr=0.01, weight_decay=1e-4, milestones=(10,), learns="classifier", data="exemplars"
+)
+"""Class-balance finetuning, which the authors' code offers for ImageNet: an optional second phase
+from the second experience on."""
+
+
+class UCIR(IncrementalTemplate):
+    """Unified classifier, rebalanced.
+
+    - Network: a single one with a :class:`CosineClassifier`, whose new vectors start as the means
+      of their classes' features.
+    - Losses: cross-entropy; the less-forget constraint on the features; the margin ranking loss.
+    - Phases: one, on all data; :data:`UCIR_BALANCED` may follow.
+    - Memory: herding.
+    - Readout: the classifier; or nearest mean of exemplars.
+
+    This strategy does not use task identities.
+
+    :param model: an :class:`ExpandableNetwork` that shares all stages, with
+        ``make_classifier=CosineClassifier``, and as published a backbone made with
+        ``last_relu=False``.
+    :param optimizer: an optimizer with one parameter group.
+    :param criterion: the main loss.
+    :param mem_size: exemplars in all.
+    :param exemplars_per_class: a fixed number per class instead (as published, 20).
+    :param memory_rates: what the memory may hold beyond that, by experience.
+    :param less_forget_weight: lambda_base, which ``sqrt(old / new classes)`` multiplies.
+    :param ranking_weight: of the margin ranking loss; 0 leaves it out.
+    :param hard_negatives: K, the new classes that an old sample is kept apart from.
+    :param margin: of the margin ranking loss.
+    :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
+    :raises TypeError: if the model is no :class:`ExpandableNetwork` with a cosine classifier.
+    :raises ValueError: if it would add blocks, or an option is outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ExpandableNetwork,
+        optimizer: Optimizer,
+        criterion: Any = CrossEntropyLoss(),  # noqa: B008
+        mem_size: int = 2000,
+        exemplars_per_class: int | None = None,
+        memory_rates: MemoryRates | None = None,
+        less_forget_weight: float = 5.0,
+        ranking_weight: float = 1.0,
+        hard_negatives: int = 2,
+        margin: float = 0.5,
+        **base_kwargs: Any,
+    ) -> None:
+        check_network(model, "UCIR", shares="all")
+        check_cosine_classifier(model, "UCIR")
+        replay = HerdingReplayPlugin(
+            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
+        )
+        ranking = MarginRankingPlugin(hard_negatives, margin, ranking_weight)
+        losses = [LessForgetPlugin(less_forget_weight), *([ranking] if ranking_weight else [])]
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=criterion,
+            method_plugins=[replay, ImprintingPlugin(), *losses],
+            **base_kwargs,
+        )
