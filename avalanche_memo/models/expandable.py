@@ -103,7 +103,6 @@ class ExpandableNetwork(DynamicModule):
         self.train_generalized = train_generalized
         self.gradient_through_frozen = gradient_through_frozen
         self.growth: list[list[int]] = []
-        self.width = 0
         self._evaluation_width = 0
         self.outputs: NetworkOutputs | None = None
         self.fast = FastPath.of(False)
@@ -138,6 +137,11 @@ class ExpandableNetwork(DynamicModule):
         return [c for new in self.growth for c in new]
 
     @property
+    def width(self) -> int:
+        """The columns of the logits while learning: the largest class id seen, plus one."""
+        return max(self.classes, default=-1) + 1
+
+    @property
     def new_classes(self) -> list[int]:
         """The class ids that the latest growth added."""
         return self.growth[-1] if self.growth else []
@@ -159,7 +163,7 @@ class ExpandableNetwork(DynamicModule):
         Its weights are of no use before that.
         """
         copied = copy.deepcopy(self)
-        copied.growth, copied.width, copied._evaluation_width = [], 0, 0
+        copied.growth, copied._evaluation_width = [], 0
         copied.specialized = copied.specialized[:1]
         copied.auxiliary.clear()
         copied.classifier = copy.deepcopy(self._first_classifier[0]).to(self._adaptation_device)
@@ -200,7 +204,6 @@ class ExpandableNetwork(DynamicModule):
             )
         first = not self.growth
         self.growth.append([int(c) for c in new_classes])
-        self.width = max(self.width, max(new_classes) + 1)
         expand = self.expands and not first
         if expand:
             newest = self.specialized[-1]
@@ -292,8 +295,8 @@ class ExpandableNetwork(DynamicModule):
         return columns.index_copy(1, self._columns, logits)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the structure: classes by growth and the width of the logits."""
-        return {"growth": [list(new) for new in self.growth], "width": self.width}
+        """Return the structure: the classes of each growth."""
+        return {"growth": [list(new) for new in self.growth]}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Grow a fresh network to a saved structure, so that ``load_state_dict`` alone restores it.
@@ -309,7 +312,6 @@ class ExpandableNetwork(DynamicModule):
         with torch.random.fork_rng(devices=[]):
             for new_classes in state["growth"][len(self.growth) :]:
                 self.grow(new_classes)
-        self.width = state["width"]
 
     def __getstate__(self) -> dict[str, Any]:
         # Avalanche's plugins deep-copy models; tensors inside an autograd graph can't be copied.

@@ -6,6 +6,7 @@ uint8 images ``[B, C, H, W]`` at once, on any device.
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class UnsupportedError(Exception):
 
 
 @dataclass(frozen=True)
-class BatchedOp:
+class BatchedOp(ABC):
     """A transform of images ``[B, C, H, W]`` whose random parameters are drawn per image.
 
     A draw of one image consumes torch's global random numbers exactly as the torchvision
@@ -56,9 +57,9 @@ class BatchedOp:
         """Draw the parameters of `n` images of one size; None if there is nothing to draw."""
         return None
 
+    @abstractmethod
     def apply(self, batch: Tensor, draws: Tensor | None) -> Tensor:
         """Transform images ``[B, C, H, W]`` with the parameters of :meth:`draw`, on any device."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ outputs (PODNet), of softened predictions, and of features (UCIR)."""
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class PreviousModel:
         self._saved = self._images = self._outputs = None
 
 
-class _Distillation(SupervisedPlugin):
+class _Distillation(SupervisedPlugin, ABC):
     """Adds a loss between the present outputs and the previous network's, once there is one."""
 
     def __init__(self, teacher: PreviousModel | None) -> None:
@@ -114,9 +115,9 @@ class _Distillation(SupervisedPlugin):
         """Return whether there is something to learn; a phase may train the classifier alone."""
         return outputs.features.requires_grad
 
+    @abstractmethod
     def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
         """Return the weighted loss of the present batch."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """Return the previous network."""
