@@ -61,6 +61,8 @@ class Config:
     :param seed: of everything random but the class order.
     :param device: auto takes a GPU where there is one.
     :param fast: whether the fast path is on.
+    :param keep_models: whether the model is kept after the first and the last epoch of each
+        experience, for ``python -m experiments.analysis``.
     :param run_folder: where results go; named after the run where it is not given.
     """
 
@@ -104,6 +106,7 @@ class Config:
     seed: int = 1993
     device: str = "auto"
     fast: bool = True
+    keep_models: bool = False
     run_folder: str | None = None
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return what makes two runs the same run, as plain data."""
         plain = asdict(self)
-        for name in ("run_folder", "against", "data_root"):
+        for name in ("run_folder", "against", "data_root", "keep_models"):
             del plain[name]
         for phase in (*plain["first"], *plain["later"]):
             phase["milestones"] = list(phase["milestones"])
@@ -139,7 +142,8 @@ class Config:
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML that :func:`parse` reads."""
-        plain = self.identity() | {"data_root": self.data_root, "against": []}
+        own = {"data_root": self.data_root, "keep_models": self.keep_models, "against": []}
+        plain = self.identity() | own
         path.write_text(yaml.safe_dump(plain, sort_keys=False))
 
 

@@ -1,16 +1,23 @@
 """The figure and the table of one or several runs, from the contents of their results.json."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["accuracy_figure", "accuracy_table"]
+__all__ = [
+    "METHOD_NAMES",
+    "accuracy_figure",
+    "accuracy_table",
+    "new_figure",
+    "protocol_title",
+    "save_figure",
+]
 
-_NAMES = {
+METHOD_NAMES = {
     "memo": "MEMO",
     "der": "DER",
     "podnet": "PODNet",
@@ -22,17 +29,38 @@ _NAMES = {
 
 def _curves(results: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
     return [
-        (f"{_NAMES[result['config']['method']]} ({readout.upper()})", result[readout], result)
+        (f"{METHOD_NAMES[result['config']['method']]} ({readout.upper()})", result[readout], result)
         for result in results
         for readout in ("cnn", "nme")
         if readout in result
     ]
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of a size in inches, which belongs to no window."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG beside and rename it into place."""
+    unfinished = path.with_name(path.name + ".part")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, path)
+
+
+def protocol_title(config: Mapping[str, Any]) -> str:
+    """Return what was learned, on which network, from a run's configuration."""
+    return (
+        f"{config['benchmark']}, Base-{config['base']} Inc-{config['increment']}, "
+        f"{config['backbone']}, seed {config['seed']}"
+    )
+
+
 def accuracy_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw accuracy against the number of classes seen, a curve per method and readout."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     for label, readout, result in _curves(results):
         seen = [sum(map(len, result["classes"][: i + 1])) for i in range(len(result["classes"]))]
@@ -45,20 +73,13 @@ def accuracy_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
             linestyle="--" if label.endswith("(NME)") else "-",
             label=f"{label}, average {100 * readout['average']:.1f} %",
         )
-    config = results[0]["config"]
-    axes.set_title(
-        f"{config['benchmark']}, Base-{config['base']} Inc-{config['increment']}, "
-        f"{config['backbone']}, seed {config['seed']}",
-        fontsize=10,
-    )
+    axes.set_title(protocol_title(results[0]["config"]), fontsize=10)
     axes.set_xlabel("classes seen")
     axes.set_ylabel("top-1 accuracy over all classes seen (%)")
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
-    unfinished = path.with_name(path.name + ".part")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    save_figure(figure, path)
 
 
 def accuracy_table(results: Sequence[dict[str, Any]]) -> str:

@@ -58,9 +58,10 @@ from avalanche_memo.training import (
 from avalanche_memo.training.checkpoint import Checkpoint, restore
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
+from experiments.kept_models import KeptModels
 from experiments.progress import ProgressBar
 
-__all__ = ["chip", "main", "run"]
+__all__ = ["chip", "main", "make_benchmark", "make_network", "run"]
 
 log = logging.getLogger("avalanche_memo")
 
@@ -82,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _train(config: Config, folder: Path) -> dict[str, Any]:
     RNGManager.set_random_seeds(config.seed)
-    benchmark = _benchmark(config)
+    benchmark = make_benchmark(config)
     train, test = benchmark.train_stream, benchmark.test_stream
     checkpoint = Checkpoint(folder / "checkpoint.pt", json.dumps(config.identity()))
     state, refused = checkpoint.load()
@@ -106,7 +107,7 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     stopwatch = _Stopwatch(checkpoint.extra)
     logger = TensorboardLogger(str(folder / "tensorboard"))
     rates = _memory_rates(config, train)
-    plugins = [progress, stopwatch]
+    plugins = [progress, stopwatch, *([KeptModels(folder)] if config.keep_models else [])]
     strategy, accuracy = _strategy(config, rates, checkpoint, plugins, logger)
     if state is not None:
         restore(strategy, state, train)
@@ -166,7 +167,8 @@ def _images_per_epoch(config: Config, stream: Any) -> list[int]:
     return sizes
 
 
-def _benchmark(config: Config) -> Any:
+def make_benchmark(config: Config) -> Any:
+    """Return the benchmark that a configuration says."""
     protocol = {
         "base": config.base,
         "increment": config.increment,
@@ -227,13 +229,8 @@ def _memory_rates(config: Config, stream: Any) -> MemoryRates | None:
     return MemoryRates(tuple(rates), config.increment, per_class)
 
 
-def _strategy(
-    config: Config,
-    rates: MemoryRates | None,
-    checkpoint: Checkpoint,
-    plugins: list[Any],
-    logger: TensorboardLogger,
-) -> tuple[Any, ClassIncrementalAccuracy]:
+def make_network(config: Config) -> ExpandableNetwork:
+    """Return the network that a configuration says, before it has learned anything."""
     backbone = _backbone(config)
     stages = len(backbone.stages)
     shared = {"memo": stages - 1, "der": 0}.get(config.method, stages)
@@ -241,13 +238,23 @@ def _strategy(
         "podnet": partial(ProxyCosineClassifier, config.proxies),
         "ucir": CosineClassifier,
     }
-    network = ExpandableNetwork(
+    return ExpandableNetwork(
         lambda: backbone,
         shared if config.shared_stages is None else config.shared_stages,
         train_generalized=config.train_generalized,
         gradient_through_frozen=config.gradient_through_frozen,
         make_classifier=classifiers.get(config.method, GrowingLinear),
     )
+
+
+def _strategy(
+    config: Config,
+    rates: MemoryRates | None,
+    checkpoint: Checkpoint,
+    plugins: list[Any],
+    logger: TensorboardLogger,
+) -> tuple[Any, ClassIncrementalAccuracy]:
+    network = make_network(config)
     accuracy = ClassIncrementalAccuracy()
     device = config.device
     if device == "auto":

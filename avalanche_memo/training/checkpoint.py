@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Checkpoint", "restore", "restore_progress"]
+__all__ = ["Checkpoint", "restore", "restore_progress", "save_whole"]
 
 FORMAT = "avalanche_memo checkpoint 1"
 _COUNTERS = (
@@ -49,16 +49,7 @@ class Checkpoint:
             "extra": self.extra,
             "state": _capture(strategy),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_name(self.path.name + ".part")
-        with unfinished.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.path.exists():
-            os.replace(self.path, self.previous)
-        os.replace(unfinished, self.path)
-        _flush_folder(self.path.parent)
+        save_whole(content, self.path, self.previous)
 
     def load(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Read the newest whole state and :attr:`extra`.
@@ -82,6 +73,26 @@ class Checkpoint:
             self.extra = content["extra"]
             return content["state"], refused
         return None, refused
+
+
+def save_whole(content: Any, path: Path, previous: Path | None = None) -> None:
+    """Write tensors and plain data beside, flush them to the disk, and rename them into place.
+
+    A process killed at any moment leaves the old file or the new one.
+
+    :param path: the file; folders that lack are made.
+    :param previous: what an older file is renamed to, instead of being replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if previous is not None and path.exists():
+        os.replace(path, previous)
+    os.replace(unfinished, path)
+    _flush_folder(path.parent)
 
 
 def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None:

@@ -89,7 +89,7 @@ def test_a_finished_run_is_not_repeated(finished):
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(finished, tmp_path):
-    run(short(tmp_path / "again"))
+    run(short(tmp_path / "again", keep_models=True))
     run(short(tmp_path / "other", seed=1))
     assert without_times(tmp_path / "again") == without_times(finished)
     assert without_times(tmp_path / "other")["cnn"] != without_times(finished)["cnn"]
@@ -112,7 +112,7 @@ def test_a_run_killed_outright_goes_on_to_the_same_numbers(finished, tmp_path, e
         "from experiments.run import main\n"
         "main(sys.argv[1:])\n"
     )
-    arguments = [*SHORT, "--run_folder", str(folder)]
+    arguments = [*SHORT, "--keep_models=true", "--run_folder", str(folder)]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True
     )
@@ -122,6 +122,8 @@ def test_a_run_killed_outright_goes_on_to_the_same_numbers(finished, tmp_path, e
     (folder / "checkpoint.pt.part").write_bytes(b"half a file")
     main(["--resume", str(folder)])
     assert without_times(folder) == without_times(finished)
+    kept = [f"{number:03d}-{epoch}.pt" for number in (1, 2, 3) for epoch in ("first", "last")]
+    assert sorted(path.name for path in (folder / "models").iterdir()) == kept
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_its_results_has_results(finished, tmp_path):
