@@ -7,6 +7,7 @@ released code; what the text leaves open is said in each function.
 
 import copy
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +71,18 @@ def block_gradients(
 
 
 @torch.no_grad()
-def block_shift(first: ExpandableNetwork, last: ExpandableNetwork) -> dict[str, float]:
+def block_shift(
+    first: ExpandableNetwork, last: ExpandableNetwork, reduction: Literal["mean", "sum"] = "mean"
+) -> dict[str, float]:
     """Return the mean squared difference of each block's parameters between two networks.
 
     BatchNorm's statistics are no parameters. The paper compares the network after the first epoch
     of an experience with the one after its last.
 
+    :param first: the one network.
+    :param last: the other.
+    :param reduction: ``"mean"``, as the paper's text says; ``"sum"`` is the squared distance that a
+        block as a whole has moved, which grows with its number of parameters.
     :raises ValueError: if the networks' blocks differ in number or size.
     """
     before, after = (
@@ -88,7 +95,10 @@ def block_shift(first: ExpandableNetwork, last: ExpandableNetwork) -> dict[str, 
     sizes = [{name: len(weights) for name, weights in net.items()} for net in (before, after)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"last: expected blocks of the sizes {sizes[0]}, got {sizes[1]}")
-    return {name: float(F.mse_loss(after[name], before[name])) for name in before}
+    return {
+        name: float(F.mse_loss(after[name], weights, reduction=reduction))
+        for name, weights in before.items()
+    }
 
 
 @torch.no_grad()

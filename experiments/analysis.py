@@ -39,9 +39,9 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
     Gradients are those of the mean cross-entropy on a random sample of what the experience was
     learned from, new data and exemplars, without augmentation and in training mode, in batches of
     the run's size: after the first epoch and after the last. They are computed here, not recorded
-    while training. The shift is between these two. The similarity is between the models after their
-    last epochs, by a random sample of test images of all classes, for each block. The samples are
-    the same for every model and every call.
+    while training. The shift is between these two, as a mean over a block's parameters and as a
+    sum. The similarity is between the models after their last epochs, for each block, by a random
+    sample of test images of all classes. The samples are the same in every call.
 
     :param folder: a run's folder, of a finished run or of one that has finished an experience.
     :param images: the size of each sample.
@@ -54,7 +54,8 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
     train, test = benchmark.train_stream, benchmark.test_stream
     tested = torch.cat([x for x, _ in _sample([e.dataset for e in test], images, 128)])
     gradients: dict[str, list[dict[str, float]]] = {"first": [], "last": []}
-    shifts, features = [], []
+    shifts: dict[str, list[dict[str, float]]] = {"mean": [], "sum": []}
+    features = []
     for number, experience in enumerate(train):
         first, last = kept.load(number, "first"), kept.load(number, "last")
         if first is None or last is None:
@@ -64,7 +65,8 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
         networks = {"first": _network(config, first), "last": _network(config, last)}
         for epoch, network in networks.items():
             gradients[epoch].append(block_gradients(network.train(), batches))
-        shifts.append(block_shift(networks["first"], networks["last"]))
+        for reduction in ("mean", "sum"):
+            shifts[reduction].append(block_shift(networks["first"], networks["last"], reduction))
         features.append(_features(networks["last"].eval(), tested))
     if not features:
         raise ValueError(
@@ -127,9 +129,13 @@ def _new_figure(analysis: dict[str, Any], width: float) -> Figure:
     return figure
 
 
+def _experiences(analysis: dict[str, Any]) -> int:
+    return len(analysis["gradient_norm"]["last"])
+
+
 def _colours(analysis: dict[str, Any]) -> ListedColormap:
     """Return a colour for each experience; viridis ends too pale for lines."""
-    experiences = len(analysis["shift"])
+    experiences = _experiences(analysis)
     return ListedColormap(
         [colormaps["viridis"](0.9 * i / max(1, experiences - 1)) for i in range(experiences)]
     )
@@ -180,18 +186,20 @@ def gradient_figure(analysis: dict[str, Any], path: Path) -> None:
 
 def shift_figure(analysis: dict[str, Any], path: Path) -> None:
     """Draw how far each block's weights moved from the first to the last epoch of experiences."""
-    figure = _new_figure(analysis, 6.4)
-    axes = figure.add_subplot()
-    _draw_by_block(axes, analysis, analysis["shift"])
-    axes.set_yscale("log")
-    axes.set_ylabel("mean squared difference of weights")
-    _explain_colours(figure, [axes], analysis)
+    figure = _new_figure(analysis, 9.6)
+    panels = figure.subplots(1, 2)
+    for axes, reduction in zip(panels, ("mean", "sum"), strict=True):
+        _draw_by_block(axes, analysis, analysis["shift"][reduction])
+        axes.set_yscale("log")
+        axes.set_title(f"{reduction} over the block", fontsize=9)
+    panels[0].set_ylabel("squared difference of weights")
+    _explain_colours(figure, panels, analysis)
     save_figure(figure, path)
 
 
 def cka_figure(analysis: dict[str, Any], path: Path) -> None:
     """Draw the similarity of all models for two blocks, and of successive models for all blocks."""
-    cka, experiences = analysis["cka"], len(analysis["shift"])
+    cka, experiences = analysis["cka"], _experiences(analysis)
     deep = list(cka)[-1]
     shallow = [block for block in cka if block.split(".")[0] == "1"][-1]
     figure = _new_figure(analysis, 11.0)
@@ -203,8 +211,9 @@ def cka_figure(analysis: dict[str, Any], path: Path) -> None:
     image = matrix.imshow(values, vmin=0, vmax=1, cmap="viridis")
     for i in range(experiences):
         for j in range(experiences):
-            colour = "white" if values[i][j] < 0.6 else "black"
-            matrix.text(j, i, f"{values[i][j]:.2f}", ha="center", va="center", color=colour)
+            style = {"color": "white" if values[i][j] < 0.6 else "black"}
+            style |= {"fontsize": min(9, 70 / experiences), "ha": "center", "va": "center"}
+            matrix.text(j, i, f"{values[i][j]:.2f}", **style)
     numbers = range(1, experiences + 1)
     matrix.set_xticks(range(experiences), numbers)
     matrix.set_yticks(range(experiences), numbers)

@@ -178,8 +178,10 @@ def test_shift_is_the_mean_squared_difference_of_weights():
         # 270 weights and 6 biases, then 12 parameters of the norm, of the newest block.
         last.specialized[1][0][0].bias += 3
         last.specialized[0][0][0].bias += 100
-    expected = {"1": (36 * 0.25 + 4 * 4) / 48, "2": 0, "3": 6 * 9 / 288}
-    assert block_shift(first, last) == pytest.approx(expected, rel=1e-5)
+    sums = {"1": 36 * 0.25 + 4 * 4, "2": 0, "3": 6 * 9}
+    means = {"1": sums["1"] / 48, "2": 0, "3": sums["3"] / 288}
+    assert block_shift(first, last) == pytest.approx(means, rel=1e-5)
+    assert block_shift(first, last, "sum") == pytest.approx(sums, rel=1e-5)
 
 
 def test_networks_of_other_blocks_have_no_shift():
