@@ -10,7 +10,7 @@ from avalanche_memo.training.memo import MEMO, MEMO_FIRST, MEMO_LATER
 from avalanche_memo.training.podnet import PODNET_BALANCED, PODNET_TRAINING, PODNet
 from avalanche_memo.training.replay import Finetune, Replay
 from avalanche_memo.training.storage_policy import MEMORY_RATES, MemoryRates
-from avalanche_memo.training.template import IncrementalTemplate, Phase
+from avalanche_memo.training.template import IncrementalTemplate, Phase, ReplayTemplate
 from avalanche_memo.training.ucir import UCIR, UCIR_BALANCED, UCIR_TRAINING
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "PODNet",
     "Phase",
     "Replay",
+    "ReplayTemplate",
 ]
