@@ -1,6 +1,7 @@
 """The configuration of a run, from the command line and YAML files."""
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +14,13 @@ import yaml
 from avalanche_memo.training import Phase
 
 __all__ = ["Config", "parse"]
+
+_LATER_ONLY = (
+    *("later", "mem_size", "exemplars_per_class", "memory_rates", "auxiliary_weight"),
+    *("train_generalized", "gradient_through_frozen"),
+    *("pod_weight", "flat_weight", "pooling", "flat_distillation", "kd_weight", "kd_temperature"),
+    *("less_forget_weight", "ranking_weight"),
+)
 
 
 @dataclass
@@ -61,6 +69,7 @@ class Config:
     :param seed: of everything random but the class order.
     :param device: auto takes a GPU where there is one.
     :param fast: whether the fast path is on.
+    :param start_from: the folder of a run whose first experience is the same, to begin after it.
     :param run_folder: where results go; named after the run where it is not given.
     """
 
@@ -104,6 +113,7 @@ class Config:
     seed: int = 1993
     device: str = "auto"
     fast: bool = True
+    start_from: str | None = None
     run_folder: str | None = None
 
     def __post_init__(self) -> None:
@@ -131,11 +141,20 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return what makes two runs the same run, as plain data."""
         plain = asdict(self)
-        for name in ("run_folder", "against", "data_root"):
+        for name in ("run_folder", "against", "data_root", "start_from"):
             del plain[name]
         for phase in (*plain["first"], *plain["later"]):
             phase["milestones"] = list(phase["milestones"])
         return plain
+
+    def first_experience(self) -> dict[str, Any]:
+        """Return the part of the identity that the first experience's training depends on."""
+        return {k: v for k, v in self.identity().items() if k not in _LATER_ONLY}
+
+    def fingerprint(self) -> str:
+        """Return the identity as text: what is not as by default, so that options may be added."""
+        usual = Config().identity()
+        return json.dumps({k: v for k, v in self.identity().items() if v != usual[k]})
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML that :func:`parse` reads."""

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ from experiments.progress import ProgressBar
 
 __all__ = ["chip", "main", "run"]
 
+_FIRST_EXPERIENCE = "first_experience.pt"
+
 log = logging.getLogger("avalanche_memo")
 
 
@@ -84,12 +87,14 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     RNGManager.set_random_seeds(config.seed)
     benchmark = _benchmark(config)
     train, test = benchmark.train_stream, benchmark.test_stream
-    checkpoint = Checkpoint(folder / "checkpoint.pt", json.dumps(config.identity()))
+    checkpoint = Checkpoint(folder / "checkpoint.pt", config.fingerprint())
     state, refused = checkpoint.load()
     for message in refused:
         log.warning(message)
     if refused and state is None:
         raise RuntimeError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
+    if state is None and config.start_from is not None:
+        state = _first_experience_of(Path(config.start_from), config, checkpoint)
     threads = torch.get_num_threads()
     checkpoint.extra = checkpoint.extra or {
         "rows": [],
@@ -123,6 +128,10 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
             stopwatch.start()
             strategy.train(train[index])
             trained = stopwatch.read()
+            if index == 0 and checkpoint.path.exists():
+                # The last epoch's: nothing was chosen for the memory yet.
+                shutil.copyfile(checkpoint.path, folder / f"{_FIRST_EXPERIENCE}.part")
+                os.replace(folder / f"{_FIRST_EXPERIENCE}.part", folder / _FIRST_EXPERIENCE)
             strategy.eval(test[: index + 1])
             seconds = {"train": trained, "eval": stopwatch.read() - trained}
             checkpoint.extra["rows"].append(_row(strategy) | {"seconds": seconds})
@@ -135,6 +144,26 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         logger.writer.close()
     # Once more, for a run that was killed after its last checkpoint and before its results.
     return publish()
+
+
+def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return another run's state at the end of its first experience, if this one's is the same.
+
+    :raises ValueError: if the folder holds no such state, or trained differently.
+    """
+    if not (folder / _FIRST_EXPERIENCE).exists():
+        raise ValueError(
+            f"start_from: expected a run folder whose first experience is trained, got {folder}"
+        )
+    donor = parse(["--config", str(folder / "config.yaml")])
+    _refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
+    finished = Checkpoint(folder / _FIRST_EXPERIENCE, donor.fingerprint())
+    state, refused = finished.load()
+    if state is None:
+        raise ValueError(f"start_from: {'; '.join(refused)}")
+    checkpoint.extra = finished.extra
+    # The first experience has neither memory nor teacher: plugins start as they are.
+    return {part: content for part, content in state.items() if part != "plugins"}
 
 
 class _Stopwatch(SupervisedPlugin):
@@ -385,14 +414,19 @@ def _claim(folder: Path, config: Config) -> None:
         config.save(unfinished)
         os.replace(unfinished, path)
         return
-    stored, own = parse(["--config", str(path)]).identity(), config.identity()
+    _refuse_other(
+        "run_folder", folder, parse(["--config", str(path)]).identity(), config.identity()
+    )
+
+
+def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
     different = [
         f"{key}: {stored[key]} there, {own[key]} here" for key in own if stored[key] != own[key]
     ]
     if different:
         raise ValueError(
-            f"run_folder: {folder} holds a run of another configuration ({'; '.join(different)}); "
-            "expected a new folder, or the same configuration to go on with it"
+            f"{name}: {folder} holds a run of another configuration ({'; '.join(different)}); "
+            "expected another folder, or the same configuration"
         )
 
 

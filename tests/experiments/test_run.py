@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from avalanche_memo.benchmarks import split_digits
 from avalanche_memo.training import PODNET_BALANCED, PODNET_TRAINING, Phase
+from avalanche_memo.training.checkpoint import Checkpoint
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.run import main, run
@@ -153,8 +154,6 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(tmp_path):
 
 
 def stop_after(config: Config, epochs: int) -> None:
-    from avalanche_memo.training.checkpoint import Checkpoint
-
     class StopError(Exception):
         pass
 
@@ -294,6 +293,28 @@ def test_podnet_and_its_variants_are_configurations(tmp_path):
     train = split_digits(increment=2, classes=6).train_stream
     more = int(0.1 * 2 * (len(train[0].dataset) // 2))
     assert results["bytes"][-1]["exemplar_bytes"] == (200 + more) // 6 * 6 * 64
+
+
+def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch):
+    variant = [*SHORT, *PODNET, "--memory_rates=[0.1,0.1,0.1]"]
+    plain = [*SHORT, *PODNET, "--flat_distillation=pod", "--run_folder", str(tmp_path / "plain")]
+    run(parse(plain))
+    run(parse([*variant, "--run_folder", str(tmp_path / "whole")]))
+    start = ["--start_from", str(tmp_path / "plain")]
+    save, epochs = Checkpoint.save, []
+    monkeypatch.setattr(
+        Checkpoint, "save", lambda self, s: (epochs.append(s.phase is not None), save(self, s))
+    )
+    run(parse([*variant, *start, "--run_folder", str(tmp_path / "begun")]))
+    assert sum(epochs) == 3 + 3  # none of the first experience
+    assert without_times(tmp_path / "begun") == without_times(tmp_path / "whole")
+
+    other = [*variant, *start, "--seed=7", "--run_folder", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match=r"start_from: .*seed: 1993 there, 7 here"):
+        run(parse(other))
+    nowhere = ["--start_from", str(tmp_path), "--run_folder", str(tmp_path / "nowhere")]
+    with pytest.raises(ValueError, match="start_from: expected a run folder whose first exp"):
+        run(parse([*variant, *nowhere]))
 
 
 def test_ucir_is_a_configuration(tmp_path):
