@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
-from avalanche_memo.training import Phase
+from avalanche_memo.training import Compression, Phase
 
 __all__ = ["Config", "parse"]
 
@@ -49,6 +49,8 @@ class Config:
     :param exemplars_per_class: a fixed number per class instead.
     :param memory_rates: per experience, what the memory may hold beyond that, as a part of an
         increment's images; default takes the documented list for the number of steps.
+    :param compression: how exemplars are kept (codec, quality, new_images, max_distance); as raw
+        pixels where it is not given.
     :param auxiliary_weight: weight of the auxiliary loss (MEMO, DER).
     :param proxies: proxies of a class (PODNet).
     :param nca: the paper's equation, or what the authors' released code computes (PODNet).
@@ -93,6 +95,7 @@ class Config:
     mem_size: int = 200
     exemplars_per_class: int | None = None
     memory_rates: Literal["default"] | list[float] | None = None
+    compression: Compression | None = None
     auxiliary_weight: float = 1.0
     proxies: int = 10
     nca: Literal["equation", "released"] = "equation"

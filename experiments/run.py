@@ -285,6 +285,7 @@ def _strategy(
         "mem_size": config.mem_size,
         "exemplars_per_class": config.exemplars_per_class,
         "memory_rates": rates,
+        "compression": config.compression,
     }
     auxiliary = {"auxiliary_weight": config.auxiliary_weight}
     podnet = {

@@ -1,5 +1,6 @@
 """Strategies, and the template, plugins and losses that they are made of."""
 
+from avalanche_memo.training.compression import Compression
 from avalanche_memo.training.der import (
     DER,
     DER_CLASSIFIER,
@@ -26,6 +27,7 @@ __all__ = [
     "UCIR",
     "UCIR_BALANCED",
     "UCIR_TRAINING",
+    "Compression",
     "DynamicallyExpandableRepresentation",
     "Finetune",
     "IncrementalTemplate",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork, FastPath
 from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
+from avalanche_memo.training.compression import Compression
 from avalanche_memo.training.loading import ResidentBatches, shuffled_loader
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
 from avalanche_memo.training.storage_policy import MemoryRates
@@ -328,6 +329,7 @@ class ReplayTemplate(IncrementalTemplate):
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
     :param memory_rates: what the memory may hold beyond that, by experience.
+    :param compression: how exemplars are kept; as raw pixels if not given.
     :param method_plugins: the plugins that make the method; they run after the memory's.
     :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
     """
@@ -338,11 +340,15 @@ class ReplayTemplate(IncrementalTemplate):
         mem_size: int = 2000,
         exemplars_per_class: int | None = None,
         memory_rates: MemoryRates | None = None,
+        compression: Compression | None = None,
         method_plugins: Sequence[Any] = (),
         **base_kwargs: Any,
     ) -> None:
         memory = HerdingReplayPlugin(
-            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
+            mem_size,
+            exemplars_per_class=exemplars_per_class,
+            rates=memory_rates,
+            compression=compression,
         )
         super().__init__(method_plugins=[memory, *method_plugins], **base_kwargs)
 
