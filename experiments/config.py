@@ -152,7 +152,10 @@ class Config:
 
     def first_experience(self) -> dict[str, Any]:
         """Return the part of the identity that the first experience's training depends on."""
-        return {k: v for k, v in self.identity().items() if k not in _LATER_ONLY}
+        plain = {k: v for k, v in self.identity().items() if k not in _LATER_ONLY}
+        if self.compression is not None and self.compression.new_images == 0:
+            plain["compression"] = None
+        return plain
 
     def fingerprint(self) -> str:
         """Return the identity as text: what is not as by default, so that options may be added."""
@@ -197,5 +200,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
                 f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
             )
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
-    values = parser.instantiate_classes(namespace).as_dict()
+    try:
+        values = parser.instantiate_classes(namespace).as_dict()
+    except ValueError as error:
+        parser.error(str(error))
     return Config(**{f.name: values[f.name] for f in fields(Config)})

@@ -28,6 +28,7 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
+from avalanche_memo.budget import image_bytes
 from avalanche_memo.evaluation import (
     ClassIncrementalAccuracy,
     MemoryUsage,
@@ -57,6 +58,7 @@ from avalanche_memo.training import (
     Replay,
 )
 from avalanche_memo.training.checkpoint import Checkpoint, restore
+from avalanche_memo.training.samples import original_image
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.progress import ProgressBar
@@ -187,9 +189,17 @@ class _Stopwatch(SupervisedPlugin):
 
 
 def _images_per_epoch(config: Config, stream: Any) -> list[int]:
-    sizes, seen = [], 0
+    """Return, for the progress bar, about how many images each experience's epochs have."""
+    sizes, seen, fit = [], 0, 1.0
+    data = stream[0].dataset
+    if config.compression is not None:
+        quality = 75 if config.compression.quality == "auto" else config.compression.quality
+        files = [config.compression.encode(original_image(data, i), quality) for i in range(20)]
+        fit = 20 * image_bytes(tuple(data.eval()[0][0].shape)) / sum(map(len, files))
     for experience in stream:
-        exemplars = (config.exemplars_per_class or config.mem_size // max(1, seen)) * seen
+        quota = config.exemplars_per_class or config.mem_size // max(1, seen)
+        per_class = len(experience.dataset) // len(experience.classes_in_this_experience)
+        exemplars = min(int(fit * quota), per_class) * seen
         sizes.append(len(experience.dataset) + exemplars * (config.method != "finetune"))
         seen += len(experience.classes_in_this_experience)
     return sizes

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from avalanche_memo.benchmarks import split_digits
-from avalanche_memo.training import PODNET_BALANCED, PODNET_TRAINING, Phase
+from avalanche_memo.training import PODNET_BALANCED, PODNET_TRAINING, Compression, Phase
 from avalanche_memo.training.checkpoint import Checkpoint
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
@@ -215,6 +215,7 @@ def test_table_and_figure_show_the_numbers_of_the_results(finished, tmp_path):
         (["--mem_sizes=3"], "nearest known key is 'mem_size'"),
         (["--method=memoo"], "memoo"),
         (['--first=[{"epoch": 3}]'], "epoch"),
+        (["--compression.quality=0"], "quality: expected 1 to 100 or 'auto', got 0"),
         (["--resume=nowhere"], "expected a run folder with a config.yaml, got nowhere"),
     ],
 )
@@ -249,6 +250,11 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
             {"method": "podnet", "kd_temperature": 0.0, "flat_distillation": "kd"},
             ValueError,
             "temp",
+        ),
+        (
+            {"compression": Compression("jpeg", 75), "mem_size": 6},
+            ValueError,
+            "mem_size: expected room for a compressed image",
         ),
         ({"method": "podnet", "proxies": 0}, ValueError, "proxies: expected a number of at least"),
         ({"increment": 4}, ValueError, "increment: expected a divisor"),
@@ -348,6 +354,22 @@ def test_real_cifar_100(cifar100_root, tmp_path, method):
     )
     assert results["bytes"][-1]["exemplar_bytes"] == 80 * 3072
     assert results["cnn"]["accuracy"][0] > 0.5
+
+
+def test_compressed_exemplars_on_real_images(cifar100_root, tmp_path):
+    options = [
+        *("--method=memo", "--against=[]", "--benchmark=cifar100", "--increment=2", "--classes=6"),
+        *("--samples_per_class=60", "--backbone=resnet8", "--mem_size=24"),
+        *('--first=[{"epochs": 2}]', '--later=[{"epochs": 2}]'),
+        *("--compression.quality=60", "--compression.new_images=0.5"),
+        *("--data_root", str(cifar100_root), "--run_folder"),
+    ]
+    whole = run(parse([*options, str(tmp_path / "whole")]))
+    held = whole["bytes"][-1]["exemplar_bytes"]
+    assert 0.9 * 24 * 3072 < held <= 24 * 3072
+    stop_after(parse([*options, str(tmp_path / "killed")]), epochs=2 + 1 + 1)
+    run(parse([*options, str(tmp_path / "killed")]))
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
 
 
 def test_real_images_in_a_folder(imagenet_mini_root, tmp_path):
