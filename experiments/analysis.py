@@ -37,15 +37,15 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
     """Compare the blocks of the models that a run kept; return plain data, per experience.
 
     Gradients are those of the mean cross-entropy on a random sample of what the experience was
-    learned from, new data and exemplars, without augmentation and in training mode, in batches of
-    the run's size: after the first epoch and after the last. They are computed here, not recorded
-    while training. The shift is between these two, as a mean over a block's parameters and as a
+    learned from, new data and exemplars, in training mode and in batches of the run's size, but
+    without augmentation and with new images uncompressed: after the first epoch and after the last.
+    They are computed here, not recorded while training. The shift is between these two, as a mean over a block's parameters and as a
     sum. The similarity is between the models after their last epochs, for each block, by a random
     sample of test images of all classes. The samples are the same in every call.
 
     :param folder: a run's folder, of a finished run or of one that has finished an experience.
     :param images: the size of each sample.
-    :raises ValueError: if the run kept no model, or ``images`` is below 2.
+    :raises ValueError: if the run kept no models of its first experience, or ``images`` is below 2.
     """
     if images < 2:
         raise ValueError(f"images: expected a number of at least 2, got {images}")
@@ -60,7 +60,7 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
         first, last = kept.load(number, "first"), kept.load(number, "last")
         if first is None or last is None:
             break
-        sources = [experience.dataset, *_exemplars(last["memories"], train)]
+        sources = [experience.dataset, *_exemplars(config, last["memories"], train)]
         batches = _sample(sources, images, config.batch_size)
         networks = {"first": _network(config, first), "last": _network(config, last)}
         for epoch, network in networks.items():
@@ -70,8 +70,8 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
         features.append(_features(networks["last"].eval(), tested))
     if not features:
         raise ValueError(
-            f"folder: expected a run with models of whole experiences in {kept.folder}, got none; "
-            "run it anew with --keep_models true"
+            "folder: expected the models of a run that kept them from its first experience on "
+            f"(--keep_models true), got none in {kept.folder}"
         )
     return {
         "config": config.identity(),
@@ -96,9 +96,9 @@ def _network(config: Config, state: dict[str, Any]) -> ExpandableNetwork:
     return network
 
 
-def _exemplars(memories: list[Any], stream: Any) -> list[Any]:
+def _exemplars(config: Config, memories: list[Any], stream: Any) -> list[Any]:
     """Return the exemplars of saved memories, a data set each, from the stream they point into."""
-    restored = [HerdingReplayPlugin() for _ in memories]
+    restored = [HerdingReplayPlugin(compression=config.compression) for _ in memories]
     for memory, state in zip(restored, memories, strict=True):
         memory.load_state_dict(state, stream)
     return [memory.buffer.buffer for memory in restored if memory.buffer.order]

@@ -1,6 +1,7 @@
 """The configuration of a run, from the command line and YAML files."""
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -10,9 +11,16 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
-from avalanche_memo.training import Phase
+from avalanche_memo.training import Compression, Phase
 
 __all__ = ["Config", "parse"]
+
+_LATER_ONLY = (
+    *("later", "mem_size", "exemplars_per_class", "memory_rates", "auxiliary_weight"),
+    *("train_generalized", "gradient_through_frozen"),
+    *("pod_weight", "flat_weight", "pooling", "flat_distillation", "kd_weight", "kd_temperature"),
+    *("less_forget_weight", "ranking_weight"),
+)
 
 
 @dataclass
@@ -41,6 +49,8 @@ class Config:
     :param exemplars_per_class: a fixed number per class instead.
     :param memory_rates: per experience, what the memory may hold beyond that, as a part of an
         increment's images; default takes the documented list for the number of steps.
+    :param compression: how exemplars are kept (codec, quality, new_images, max_distance); as raw
+        pixels where it is not given.
     :param auxiliary_weight: weight of the auxiliary loss (MEMO, DER).
     :param proxies: proxies of a class (PODNet).
     :param nca: the paper's equation, or what the authors' released code computes (PODNet).
@@ -63,6 +73,7 @@ class Config:
     :param fast: whether the fast path is on.
     :param keep_models: whether the model is kept after the first and the last epoch of each
         experience, for ``python -m experiments.analysis``.
+    :param start_from: the folder of a run whose first experience is the same, to begin after it.
     :param run_folder: where results go; named after the run where it is not given.
     """
 
@@ -86,6 +97,7 @@ class Config:
     mem_size: int = 200
     exemplars_per_class: int | None = None
     memory_rates: Literal["default"] | list[float] | None = None
+    compression: Compression | None = None
     auxiliary_weight: float = 1.0
     proxies: int = 10
     nca: Literal["equation", "released"] = "equation"
@@ -107,6 +119,7 @@ class Config:
     device: str = "auto"
     fast: bool = True
     keep_models: bool = False
+    start_from: str | None = None
     run_folder: str | None = None
 
     def __post_init__(self) -> None:
@@ -134,11 +147,23 @@ class Config:
     def identity(self) -> dict[str, Any]:
         """Return what makes two runs the same run, as plain data."""
         plain = asdict(self)
-        for name in ("run_folder", "against", "data_root", "keep_models"):
+        for name in ("run_folder", "against", "data_root", "start_from", "keep_models"):
             del plain[name]
         for phase in (*plain["first"], *plain["later"]):
             phase["milestones"] = list(phase["milestones"])
         return plain
+
+    def first_experience(self) -> dict[str, Any]:
+        """Return the part of the identity that the first experience's training depends on."""
+        plain = {k: v for k, v in self.identity().items() if k not in _LATER_ONLY}
+        if self.compression is not None and self.compression.new_images == 0:
+            plain["compression"] = None
+        return plain
+
+    def fingerprint(self) -> str:
+        """Return the identity as text: what is not as by default, so that options may be added."""
+        usual = Config().identity()
+        return json.dumps({k: v for k, v in self.identity().items() if v != usual[k]})
 
     def save(self, path: Path) -> None:
         """Write the configuration as YAML that :func:`parse` reads."""
@@ -179,5 +204,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
                 f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
             )
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
-    values = parser.instantiate_classes(namespace).as_dict()
+    try:
+        values = parser.instantiate_classes(namespace).as_dict()
+    except ValueError as error:
+        parser.error(str(error))
     return Config(**{f.name: values[f.name] for f in fields(Config)})

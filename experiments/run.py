@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
+from avalanche_memo.budget import image_bytes
 from avalanche_memo.evaluation import (
     ClassIncrementalAccuracy,
     MemoryUsage,
@@ -56,12 +58,15 @@ from avalanche_memo.training import (
     Replay,
 )
 from avalanche_memo.training.checkpoint import Checkpoint, restore
+from avalanche_memo.training.samples import original_image
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.kept_models import KeptModels
 from experiments.progress import ProgressBar
 
 __all__ = ["chip", "main", "make_benchmark", "make_network", "run"]
+
+_FIRST_EXPERIENCE = "first_experience.pt"
 
 log = logging.getLogger("avalanche_memo")
 
@@ -85,12 +90,14 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     RNGManager.set_random_seeds(config.seed)
     benchmark = make_benchmark(config)
     train, test = benchmark.train_stream, benchmark.test_stream
-    checkpoint = Checkpoint(folder / "checkpoint.pt", json.dumps(config.identity()))
+    checkpoint = Checkpoint(folder / "checkpoint.pt", config.fingerprint())
     state, refused = checkpoint.load()
     for message in refused:
         log.warning(message)
     if refused and state is None:
         raise RuntimeError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
+    if state is None and config.start_from is not None:
+        state = _first_experience_of(Path(config.start_from), config, checkpoint)
     threads = torch.get_num_threads()
     checkpoint.extra = checkpoint.extra or {
         "rows": [],
@@ -124,6 +131,10 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
             stopwatch.start()
             strategy.train(train[index])
             trained = stopwatch.read()
+            if index == 0 and checkpoint.path.exists():
+                # The last epoch's: nothing was chosen for the memory yet.
+                shutil.copyfile(checkpoint.path, folder / f"{_FIRST_EXPERIENCE}.part")
+                os.replace(folder / f"{_FIRST_EXPERIENCE}.part", folder / _FIRST_EXPERIENCE)
             strategy.eval(test[: index + 1])
             seconds = {"train": trained, "eval": stopwatch.read() - trained}
             checkpoint.extra["rows"].append(_row(strategy) | {"seconds": seconds})
@@ -136,6 +147,26 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         logger.writer.close()
     # Once more, for a run that was killed after its last checkpoint and before its results.
     return publish()
+
+
+def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return another run's state at the end of its first experience, if this one's is the same.
+
+    :raises ValueError: if the folder holds no such state, or trained differently.
+    """
+    if not (folder / _FIRST_EXPERIENCE).exists():
+        raise ValueError(
+            f"start_from: expected a run folder whose first experience is trained, got {folder}"
+        )
+    donor = parse(["--config", str(folder / "config.yaml")])
+    _refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
+    finished = Checkpoint(folder / _FIRST_EXPERIENCE, donor.fingerprint())
+    state, refused = finished.load()
+    if state is None:
+        raise ValueError(f"start_from: {'; '.join(refused)}")
+    checkpoint.extra = finished.extra
+    # The first experience has neither memory nor teacher: plugins start as they are.
+    return {part: content for part, content in state.items() if part != "plugins"}
 
 
 class _Stopwatch(SupervisedPlugin):
@@ -159,9 +190,17 @@ class _Stopwatch(SupervisedPlugin):
 
 
 def _images_per_epoch(config: Config, stream: Any) -> list[int]:
-    sizes, seen = [], 0
+    """Return, for the progress bar, about how many images each experience's epochs have."""
+    sizes, seen, fit = [], 0, 1.0
+    data = stream[0].dataset
+    if config.compression is not None:
+        quality = 75 if config.compression.quality == "auto" else config.compression.quality
+        files = [config.compression.encode(original_image(data, i), quality) for i in range(20)]
+        fit = 20 * image_bytes(tuple(data.eval()[0][0].shape)) / sum(map(len, files))
     for experience in stream:
-        exemplars = (config.exemplars_per_class or config.mem_size // max(1, seen)) * seen
+        quota = config.exemplars_per_class or config.mem_size // max(1, seen)
+        per_class = len(experience.dataset) // len(experience.classes_in_this_experience)
+        exemplars = min(int(fit * quota), per_class) * seen
         sizes.append(len(experience.dataset) + exemplars * (config.method != "finetune"))
         seen += len(experience.classes_in_this_experience)
     return sizes
@@ -263,6 +302,7 @@ def _strategy(
         "mem_size": config.mem_size,
         "exemplars_per_class": config.exemplars_per_class,
         "memory_rates": rates,
+        "compression": config.compression,
     }
     auxiliary = {"auxiliary_weight": config.auxiliary_weight}
     podnet = {
@@ -392,14 +432,19 @@ def _claim(folder: Path, config: Config) -> None:
         config.save(unfinished)
         os.replace(unfinished, path)
         return
-    stored, own = parse(["--config", str(path)]).identity(), config.identity()
+    _refuse_other(
+        "run_folder", folder, parse(["--config", str(path)]).identity(), config.identity()
+    )
+
+
+def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
     different = [
         f"{key}: {stored[key]} there, {own[key]} here" for key in own if stored[key] != own[key]
     ]
     if different:
         raise ValueError(
-            f"run_folder: {folder} holds a run of another configuration ({'; '.join(different)}); "
-            "expected a new folder, or the same configuration to go on with it"
+            f"{name}: {folder} holds a run of another configuration ({'; '.join(different)}); "
+            "expected another folder, or the same configuration"
         )
 
 

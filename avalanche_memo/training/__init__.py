@@ -1,5 +1,6 @@
 """Strategies, and the template, plugins and losses that they are made of."""
 
+from avalanche_memo.training.compression import Compression
 from avalanche_memo.training.der import (
     DER,
     DER_CLASSIFIER,
@@ -10,7 +11,7 @@ from avalanche_memo.training.memo import MEMO, MEMO_FIRST, MEMO_LATER
 from avalanche_memo.training.podnet import PODNET_BALANCED, PODNET_TRAINING, PODNet
 from avalanche_memo.training.replay import Finetune, Replay
 from avalanche_memo.training.storage_policy import MEMORY_RATES, MemoryRates
-from avalanche_memo.training.template import IncrementalTemplate, Phase
+from avalanche_memo.training.template import IncrementalTemplate, Phase, ReplayTemplate
 from avalanche_memo.training.ucir import UCIR, UCIR_BALANCED, UCIR_TRAINING
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "UCIR",
     "UCIR_BALANCED",
     "UCIR_TRAINING",
+    "Compression",
     "DynamicallyExpandableRepresentation",
     "Finetune",
     "IncrementalTemplate",
@@ -33,4 +35,5 @@ __all__ = [
     "PODNet",
     "Phase",
     "Replay",
+    "ReplayTemplate",
 ]

@@ -102,13 +102,14 @@ def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None
     then goes on with the epoch after the saved one.
 
     :param strategy: a strategy built from the same configuration.
-    :param state: what :meth:`Checkpoint.load` returned.
+    :param state: what :meth:`Checkpoint.load` returned; without ``"plugins"`` these stay fresh.
     :param stream: the training stream, which exemplars are positions in.
     """
     strategy.model.load_state_dict(state["model"])
     strategy.model.to(strategy.device)
-    for plugin, saved in zip(_stateful(strategy.plugins), state["plugins"], strict=True):
-        plugin.load_state_dict(saved, stream)
+    if "plugins" in state:
+        for plugin, saved in zip(_stateful(strategy.plugins), state["plugins"], strict=True):
+            plugin.load_state_dict(saved, stream)
     _restore_counts(strategy, state)
     if state["phase"] is not None:
         strategy.resume_from = state

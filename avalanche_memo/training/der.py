@@ -7,10 +7,9 @@ from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training.plugins import AuxiliaryLossPlugin, HerdingReplayPlugin
+from avalanche_memo.training.plugins import AuxiliaryLossPlugin
 from avalanche_memo.training.plugins.checks import check_network
-from avalanche_memo.training.storage_policy import MemoryRates
-from avalanche_memo.training.template import IncrementalTemplate, Phase
+from avalanche_memo.training.template import Phase, ReplayTemplate
 
 __all__ = ["DER", "DER_CLASSIFIER", "DER_REPRESENTATION", "DynamicallyExpandableRepresentation"]
 
@@ -30,7 +29,7 @@ DER_CLASSIFIER = Phase(
 """Classifier learning, section 3.4 (the authors' released configuration)."""
 
 
-class DynamicallyExpandableRepresentation(IncrementalTemplate):
+class DynamicallyExpandableRepresentation(ReplayTemplate):
     """Dynamically expandable representation, without pruning (``DER w/o P``).
 
     Not Avalanche's ``DER``, which is Dark Experience Replay.
@@ -48,10 +47,8 @@ class DynamicallyExpandableRepresentation(IncrementalTemplate):
     :param optimizer: an optimizer with one parameter group.
     :param criterion: the main loss.
     :param mem_size: exemplars in all.
-    :param exemplars_per_class: a fixed number per class instead.
-    :param memory_rates: what the memory may hold beyond that, by experience.
     :param auxiliary_weight: weight of the auxiliary loss, lambda_a.
-    :param base_kwargs: the arguments of :class:`IncrementalTemplate`. Without ``later_phases``,
+    :param base_kwargs: the arguments of :class:`ReplayTemplate`. Without ``later_phases``,
         ``train_epochs`` epochs are followed by :data:`DER_CLASSIFIER`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
     :raises ValueError: if it shares a stage.
@@ -64,15 +61,10 @@ class DynamicallyExpandableRepresentation(IncrementalTemplate):
         optimizer: Optimizer,
         criterion: Any = CrossEntropyLoss(),  # noqa: B008
         mem_size: int = 2000,
-        exemplars_per_class: int | None = None,
-        memory_rates: MemoryRates | None = None,
         auxiliary_weight: float = 1.0,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "DER", shares="none")
-        replay = HerdingReplayPlugin(
-            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
-        )
         losses = [AuxiliaryLossPlugin(auxiliary_weight)]
         if base_kwargs.get("later_phases") is None:
             representation = Phase(base_kwargs.get("train_epochs", 1))
@@ -81,7 +73,8 @@ class DynamicallyExpandableRepresentation(IncrementalTemplate):
             model=model,
             optimizer=optimizer,
             criterion=criterion,
-            method_plugins=[replay, *losses],
+            mem_size=mem_size,
+            method_plugins=losses,
             **base_kwargs,
         )
 

@@ -11,14 +11,13 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from avalanche.benchmarks.datasets.external_datasets.mnist import TensorMNIST
-from avalanche.benchmarks.utils.data import AvalancheDataset, _FlatDataWithTransform
+from avalanche.benchmarks.utils.data import AvalancheDataset
 from avalanche.benchmarks.utils.data_loader import (
     GroupBalancedDataLoader,
     MultiDatasetDataLoader,
@@ -26,30 +25,16 @@ from avalanche.benchmarks.utils.data_loader import (
     SingleDatasetDataLoader,
     TaskBalancedDataLoader,
 )
-from avalanche.benchmarks.utils.flat_data import FlatData
-from avalanche.benchmarks.utils.transforms import TupleTransform
 from avalanche.training.plugins import SupervisedPlugin
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
-    ConcatDataset,
     DataLoader,
     Dataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     default_collate,
 )
-from torchvision import transforms as T
-
-__all__ = [
-    "ResidentBatches",
-    "ResidentLoader",
-    "resident_loader",
-    "sample_origins",
-    "shuffled_loader",
-]
 
 from avalanche_memo.training.batch_transforms import (
     Normalize,
@@ -61,75 +46,18 @@ from avalanche_memo.training.batch_transforms import (
     parse_chain,
     unfold_transforms,
 )
+from avalanche_memo.training.compression import EitherImages
+from avalanche_memo.training.samples import (
+    Part,
+    own_transforms,
+    pil_image,
+    pixel_array,
+    sample_parts,
+)
+
+__all__ = ["ResidentBatches", "ResidentLoader", "resident_loader", "shuffled_loader"]
 
 logger = logging.getLogger("avalanche_memo")
-
-Indices = npt.NDArray[np.int64]
-
-
-@dataclass
-class _Part:
-    """The samples of a data set that come from one leaf along one path of transforms.
-
-    :param leaf: the innermost data set.
-    :param indices: which of the leaf's samples, ``[n]``.
-    :param positions: where they are in the outer data set, ``[n]``.
-    :param chain: the transforms along the path, innermost first.
-    """
-
-    leaf: Any
-    indices: Indices
-    positions: Indices
-    chain: list[Any]
-
-
-def _parts(node: Any, indices: Indices, positions: Indices, group: str | None) -> Iterator[_Part]:
-    """Follow subsets and concatenations down to the leaves, as `__getitem__` does.
-
-    Avalanche's own `single_flat_dataset` cannot be used: it asks each inner node for its current
-    transform group, while indexing applies the outermost node's group everywhere. For the `eval()`
-    of a training set it reports the training transforms.
-
-    :param group: the transform group; None to ignore transforms (for attributes such as targets).
-    """
-    chain: list[Any] = []
-    if isinstance(node, FlatData):
-        if node._indices is not None:
-            indices = np.array([node._indices[i] for i in indices.tolist()], np.int64)
-        if group is not None:
-            if not isinstance(node, _FlatDataWithTransform):
-                raise UnsupportedError(f"a nested {type(node).__name__}")
-            chain = [node._frozen_transform_groups[group], node._transform_groups[group]]
-        children = node._datasets
-    elif type(node) is Subset:
-        indices, children = np.asarray(node.indices, np.int64)[indices], [node.dataset]
-    elif type(node) is ConcatDataset:
-        children = node.datasets
-    elif isinstance(node, (AvalancheDataset, Subset, ConcatDataset)):
-        raise UnsupportedError(f"a nested {type(node).__name__}")
-    else:
-        yield _Part(node, indices, positions, chain)
-        return
-    ends = np.cumsum([len(child) for child in children])
-    owner = np.searchsorted(ends, indices, side="right")
-    for k in np.unique(owner):
-        child, mine = children[k], owner == k
-        inner = indices[mine] - (ends[k - 1] if k else 0)
-        for part in _parts(child, inner, positions[mine], group):
-            yield _Part(part.leaf, part.indices, part.positions, part.chain + chain)
-
-
-def sample_origins(dataset: AvalancheDataset) -> list[tuple[int, int]]:
-    """Return, per sample, which innermost data set (its `id`) it is of, and which of its samples.
-
-    :raises UnsupportedError: if the data set is nested in a way that is not known.
-    """
-    origins = np.empty((len(dataset), 2), np.int64)
-    everything = np.arange(len(dataset))
-    for part in _parts(dataset._flat_data, everything, everything, None):
-        origins[part.positions, 0] = id(part.leaf)
-        origins[part.positions, 1] = part.indices
-    return [(leaf, index) for leaf, index in origins.tolist()]
 
 
 def shuffled_loader(
@@ -164,7 +92,7 @@ def _attribute(attribute: Any) -> Tensor:
     values = np.empty(len(attribute), np.int64)
     everything = np.arange(len(attribute))
     try:
-        for part in _parts(attribute.data, everything, everything, None):
+        for part in sample_parts(attribute.data, everything, everything, None):
             if isinstance(part.leaf, (Tensor, np.ndarray)):
                 values[part.positions] = np.asarray(part.leaf[part.indices])
             else:
@@ -172,37 +100,6 @@ def _attribute(attribute: Any) -> Tensor:
     except (TypeError, ValueError) as error:
         raise UnsupportedError(f"the attribute {attribute.name} is not integer") from error
     return torch.from_numpy(values)
-
-
-def _array(leaf: Any) -> Any | None:
-    """Return the uint8 images ``[N, H, W]`` or ``[N, H, W, 3]`` that a leaf holds, if it does."""
-    data = getattr(leaf, "data", None)
-    known = (
-        isinstance(data, (np.ndarray, Tensor))
-        and data.dtype in (np.uint8, torch.uint8)
-        and (data.ndim == 3 or (data.ndim == 4 and data.shape[3] == 3))
-        and len(data) == len(leaf)
-    )
-    return data if known else None
-
-
-def _own_transforms(leaf: Any) -> list[Any]:
-    """Return the transforms that a leaf such as a torchvision data set applies itself.
-
-    :raises UnsupportedError: if it has any and its raw images cannot be reached.
-    """
-    own = getattr(leaf, "transforms", None)
-    if own is None:
-        own = TupleTransform(
-            [getattr(leaf, "transform", None), getattr(leaf, "target_transform", None)]
-        )
-    steps = unfold_transforms(own)
-    if steps and _array(leaf) is None:
-        raise UnsupportedError(f"{type(leaf).__name__} transforms its images itself")
-    if hasattr(leaf, "ffcv_info"):
-        raise UnsupportedError("FFCV loads this data set")
-    # Avalanche's MNIST turns its bytes into a float tensor before any transform.
-    return [T.ToTensor(), *steps] if isinstance(leaf, TensorMNIST) else steps
 
 
 class _Decoder(Dataset[Tensor]):
@@ -216,12 +113,7 @@ class _Decoder(Dataset[Tensor]):
 
     def __getitem__(self, position: int) -> Tensor:
         """Return one image, uint8 ``[C, H, W]``."""
-        index = self.indices[position]
-        array = _array(self.leaf)
-        image = self.leaf[index][0] if array is None else Image.fromarray(np.asarray(array[index]))
-        if not isinstance(image, Image.Image):
-            raise UnsupportedError(f"samples of {type(self.leaf).__name__} are not PIL images")
-        return self.recipe.prepare(image)
+        return self.recipe.prepare(pil_image(self.leaf, self.indices[position]))
 
 
 class _DecodedImages:
@@ -232,7 +124,7 @@ class _DecodedImages:
         self._images: OrderedDict[tuple[int, str, int], tuple[Any, Tensor]] = OrderedDict()
         self._bytes = 0
 
-    def load(self, part: _Part, recipe: Recipe, num_workers: int) -> Iterator[tuple[int, Tensor]]:
+    def load(self, part: Part, recipe: Recipe, num_workers: int) -> Iterator[tuple[int, Tensor]]:
         """Yield a position in the outer data set and its image ``[C, H, W]``, in any order."""
         missing: list[tuple[int, int]] = []
         for position, index in zip(part.positions.tolist(), part.indices.tolist(), strict=True):
@@ -277,6 +169,9 @@ class ResidentLoader:
     :param images: uint8 images ``[N, C, H, W]``, before the recipe's batched transforms.
     :param labels: int64 tensors ``[N]``: targets, then task labels if there are any.
     :param recipe: the transforms.
+    :param others: int64 ``[N]``: which row of the images may stand in for an image, which it does
+        with ``probability``, drawn anew each epoch; there are then more images than labels.
+    :param probability: see ``others``.
     :param batch_size: images per batch.
     :param shuffle: whether each epoch has a new order.
     :param device: where the images and the batches live.
@@ -289,6 +184,8 @@ class ResidentLoader:
         labels: Sequence[Tensor],
         recipe: Recipe,
         *,
+        others: Tensor | None = None,
+        probability: float = 0.0,
         batch_size: int,
         shuffle: bool,
         device: torch.device | str = "cpu",
@@ -301,25 +198,33 @@ class ResidentLoader:
         self.image_size: tuple[int, int] = (images.shape[2], images.shape[3])
         self.images = recipe.store(images.to(device))
         self.labels = [label.to(device) for label in labels]
+        self.others, self.probability = others, probability
 
     def __len__(self) -> int:
-        return math.ceil(len(self.images) / self.batch_size)
+        return math.ceil(len(self.labels[0]) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        n, device = len(self.images), self.images.device
+        n, device = len(self.labels[0]), self.images.device
         order = torch.randperm(n) if self.shuffle else torch.arange(n)
+        source = order
+        if self.others is not None:
+            source = torch.where(torch.rand(n) < self.probability, self.others[order], order)
         draws = self.recipe.draw(n, *self.image_size)
         # One transfer per epoch rather than one per batch.
         return self._batches(
-            order.to(device), [None if drawn is None else drawn.to(device) for drawn in draws]
+            order.to(device),
+            source.to(device),
+            [None if drawn is None else drawn.to(device) for drawn in draws],
         )
 
-    def _batches(self, order: Tensor, draws: list[Tensor | None]) -> Iterator[list[Tensor]]:
+    def _batches(
+        self, order: Tensor, source: Tensor, draws: list[Tensor | None]
+    ) -> Iterator[list[Tensor]]:
         for start in range(0, len(order), self.batch_size):
             rows = slice(start, start + self.batch_size)
             index = order[rows]
             drawn = [None if d is None else d[rows] for d in draws]
-            x = self.recipe.gather(self.images, index, drawn)
+            x = self.recipe.gather(self.images, source[rows], drawn)
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             yield [x, *(label[index] for label in self.labels)]
@@ -339,10 +244,18 @@ def _same(ours: list[Tensor], reference: Any, recipe: Recipe) -> bool:
 
 
 def _check(
-    dataset: Any, images: Tensor, labels: Sequence[Tensor], recipe: Recipe, samples: set[int]
+    dataset: Any,
+    images: Tensor,
+    labels: Sequence[Tensor],
+    recipe: Recipe,
+    others: Tensor,
+    probability: float,
+    samples: set[int],
 ) -> None:
     """Compare samples with the data set's own, random draws included, and leave no trace.
 
+    :param others: the row that may stand in for each image, with a probability; its own for none.
+    :param probability: see ``others``.
     :param samples: the positions of the samples to compare.
     :raises UnsupportedError: if a sample differs.
     """
@@ -351,14 +264,39 @@ def _check(
         for i in sorted(samples):
             reference = default_collate([dataset[i]])
             torch.set_rng_state(state)
+            row = i
+            if others[i] != i and torch.rand(1) < probability:
+                row = int(others[i])
             drawn = recipe.draw(1, images.shape[2], images.shape[3])
             torch.set_rng_state(state)
             index = torch.zeros(1, dtype=torch.int64)
-            x = recipe.gather(recipe.store(images[i : i + 1]), index, drawn)
+            x = recipe.gather(recipe.store(images[row : row + 1]), index, drawn)
             if not _same([x, *(label[i : i + 1] for label in labels)], reference, recipe):
                 raise UnsupportedError(f"sample {i} differs from the data set's own")
     finally:
         torch.set_rng_state(state)
+
+
+def _with_both(parts: list[Part], n: int) -> tuple[list[Part], Tensor, float]:
+    """Lay out, for images that others may replace, both: the others after all ``n`` images.
+
+    :return: the parts, the row that may stand in for each image, and the probability.
+    :raises UnsupportedError: if there are several probabilities.
+    """
+    both: list[Part] = []
+    others, rows = torch.arange(n), n
+    probabilities = {p.leaf.probability for p in parts if isinstance(p.leaf, EitherImages)}
+    for part in parts:
+        if isinstance(part.leaf, EitherImages):
+            added = np.arange(rows, rows + len(part.positions))
+            others[part.positions] = torch.from_numpy(added)
+            rows += len(added)
+            both.append(replace(part, leaf=part.leaf.others, positions=added))
+            part = replace(part, leaf=part.leaf.originals)
+        both.append(part)
+    if len(probabilities) > 1:
+        raise UnsupportedError("several probabilities of a replacement")
+    return both, others, max(probabilities, default=0.0)
 
 
 def _make(
@@ -383,11 +321,11 @@ def _make(
     n = len(dataset)
     everything = np.arange(n)
     flat = dataset._flat_data
-    parts = list(_parts(flat, everything, everything, flat._transform_groups.current_group))
+    parts = list(sample_parts(flat, everything, everything, flat._transform_groups.current_group))
     recipes = []
     for part in parts:
         chain = [step for transform in part.chain for step in unfold_transforms(transform)]
-        recipes.append(parse_chain(_own_transforms(part.leaf) + chain))
+        recipes.append(parse_chain(own_transforms(part.leaf) + chain))
     recipe = recipes[0]
     if any(other != recipe for other in recipes[1:]):
         raise UnsupportedError("parts of the data set have different transforms")
@@ -400,14 +338,16 @@ def _make(
     # One image tells the size, before the memory of all is taken.
     probe = _Decoder(parts[0].leaf, parts[0].indices[:1].tolist(), recipe)[0]
     channels, height, width = probe.shape
-    size = n * channels * math.prod(recipe.store_size(height, width))
+    parts, others, probability = _with_both(parts, n)
+    rows = sum(len(part.positions) for part in parts)
+    size = rows * channels * math.prod(recipe.store_size(height, width))
     if size > byte_limit:
         raise UnsupportedError(
             f"{size / 2**20:.0f} MiB of images, over the limit of {byte_limit / 2**20:.0f} MiB"
         )
-    images = torch.empty(n, *probe.shape, dtype=torch.uint8)
+    images = torch.empty(rows, *probe.shape, dtype=torch.uint8)
     for part in parts:
-        array = _array(part.leaf)
+        array = pixel_array(part.leaf)
         if array is not None and not recipe.prefix:
             chunk = channels_first(torch.as_tensor(array[part.indices]))
             if chunk.shape[1:] != probe.shape:
@@ -425,11 +365,14 @@ def _make(
             raise UnsupportedError("a crop larger than the image")
         height, width = op.output_size(height, width)
     first_of_leaf = {id(part.leaf): int(part.positions[0]) for part in reversed(parts)}
-    _check(dataset, images, labels, recipe, {0, n // 2, n - 1, *first_of_leaf.values()})
+    samples = {0, n // 2, n - 1, *(first for first in first_of_leaf.values() if first < n)}
+    _check(dataset, images, labels, recipe, others, probability, samples)
     return ResidentLoader(
         images,
         labels,
         recipe,
+        others=others if probability > 0 else None,
+        probability=probability,
         batch_size=batch_size,
         shuffle=shuffle,
         device=device,

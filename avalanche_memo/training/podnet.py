@@ -9,15 +9,13 @@ from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.losses import NCALoss
 from avalanche_memo.training.plugins import (
     GradientClampPlugin,
-    HerdingReplayPlugin,
     ImprintingPlugin,
     PODDistillationPlugin,
     PreviousModel,
     SoftmaxDistillationPlugin,
 )
 from avalanche_memo.training.plugins.checks import check_cosine_classifier, check_network
-from avalanche_memo.training.storage_policy import MemoryRates
-from avalanche_memo.training.template import IncrementalTemplate, Phase
+from avalanche_memo.training.template import Phase, ReplayTemplate
 
 __all__ = ["PODNET_BALANCED", "PODNET_TRAINING", "PODNet"]
 
@@ -29,7 +27,7 @@ PODNET_BALANCED = Phase(20, lr=0.05, weight_decay=5e-4, learns="classifier", dat
 released configuration). PyCIL's rate is 0.005."""
 
 
-class PODNet(IncrementalTemplate):
+class PODNet(ReplayTemplate):
     """Pooled outputs distillation network.
 
     - Network: a single one with a :class:`ProxyCosineClassifier`, whose new proxies start as
@@ -52,8 +50,6 @@ class PODNet(IncrementalTemplate):
     :param optimizer: an optimizer with one parameter group.
     :param criterion: the main loss; ``None`` for NCA.
     :param mem_size: exemplars in all.
-    :param exemplars_per_class: a fixed number per class instead (as published, 20).
-    :param memory_rates: what the memory may hold beyond that, by experience.
     :param nca: ``"equation"`` for :func:`nca_loss`, ``"released"`` for :func:`nca_loss_released`.
         In a short trial (``experiments/configs/podnet_nca_trial.yaml``: 20 classes of CIFAR-100
         with 150 images each, Base-10 Inc-5, ResNet-14, 20 epochs, seed 1993) average accuracy by
@@ -68,7 +64,7 @@ class PODNet(IncrementalTemplate):
     :param kd_weight: of softmax distillation.
     :param temperature: of softmax distillation.
     :param gradient_limit: what gradient values are clamped at.
-    :param base_kwargs: the arguments of :class:`IncrementalTemplate`. Without ``later_phases``,
+    :param base_kwargs: the arguments of :class:`ReplayTemplate`. Without ``later_phases``,
         ``train_epochs`` epochs are followed by :data:`PODNET_BALANCED`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork` with a cosine classifier.
     :raises ValueError: if it would add blocks, or an option is outside its range.
@@ -81,8 +77,6 @@ class PODNet(IncrementalTemplate):
         optimizer: Optimizer,
         criterion: Any = None,
         mem_size: int = 2000,
-        exemplars_per_class: int | None = None,
-        memory_rates: MemoryRates | None = None,
         nca: Literal["equation", "released"] = "equation",
         margin: float = 0.6,
         pod_weight: float = 3.0,
@@ -100,9 +94,6 @@ class PODNet(IncrementalTemplate):
             raise ValueError(
                 f"flat_distillation: expected 'pod', 'kd' or 'both', got {flat_distillation!r}"
             )
-        replay = HerdingReplayPlugin(
-            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
-        )
         teacher = PreviousModel()
         flat_weight = 0.0 if flat_distillation == "kd" else flat_weight
         losses: list[Any] = [
@@ -117,8 +108,8 @@ class PODNet(IncrementalTemplate):
             model=model,
             optimizer=optimizer,
             criterion=criterion or NCALoss(model, margin, form=nca),
+            mem_size=mem_size,
             method_plugins=[
-                replay,
                 ImprintingPlugin(),
                 *losses,
                 GradientClampPlugin(gradient_limit),

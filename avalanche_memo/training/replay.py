@@ -6,15 +6,13 @@ from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training.plugins import HerdingReplayPlugin
 from avalanche_memo.training.plugins.checks import check_network
-from avalanche_memo.training.storage_policy import MemoryRates
-from avalanche_memo.training.template import IncrementalTemplate
+from avalanche_memo.training.template import IncrementalTemplate, ReplayTemplate
 
 __all__ = ["Finetune", "Replay"]
 
 
-class Replay(IncrementalTemplate):
+class Replay(ReplayTemplate):
     """Experience replay of herded exemplars: a single network, cross-entropy, one phase.
 
     Unlike Avalanche's ``Replay``, new data and exemplars are concatenated and shuffled, as in the
@@ -25,9 +23,7 @@ class Replay(IncrementalTemplate):
     :param optimizer: an optimizer with one parameter group.
     :param criterion: the loss.
     :param mem_size: exemplars in all.
-    :param exemplars_per_class: a fixed number per class instead.
-    :param memory_rates: what the memory may hold beyond that, by experience.
-    :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
+    :param base_kwargs: the arguments of :class:`ReplayTemplate`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
     :raises ValueError: if it would add blocks.
     """
@@ -39,19 +35,14 @@ class Replay(IncrementalTemplate):
         optimizer: Optimizer,
         criterion: Any = CrossEntropyLoss(),  # noqa: B008
         mem_size: int = 2000,
-        exemplars_per_class: int | None = None,
-        memory_rates: MemoryRates | None = None,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "Replay", shares="all")
-        replay = HerdingReplayPlugin(
-            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
-        )
         super().__init__(
             model=model,
             optimizer=optimizer,
             criterion=criterion,
-            method_plugins=[replay],
+            mem_size=mem_size,
             **base_kwargs,
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from avalanche.benchmarks.utils import concat_datasets
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_memo.budget import image_bytes
-from avalanche_memo.training.loading import resident_loader, sample_origins
+from avalanche_memo.training.compression import Compression, lowest_quality, through_codec
+from avalanche_memo.training.loading import resident_loader
+from avalanche_memo.training.samples import original_image, sample_origins
 
 __all__ = ["MEMORY_RATES", "HerdingBuffer", "MemoryRates", "dataset_features", "herding_order"]
 
@@ -141,6 +144,9 @@ class HerdingBuffer(ExemplarsBuffer):
     :param rates: what the memory may hold beyond its size, or beyond the fixed number for each
         class seen, by experience; all classes share it. Exemplars once dropped don't come back, so
         where a rate rises faster than the classes, the older ones stay at what they hold.
+    :param compression: how exemplars are kept; as raw pixels if not given. Each class then has the
+        bytes of its quota of raw images, at the size the network sees, and holds as many of its
+        images' files, best first, as fit. No pixel of an old class but those files is used again.
     :raises ValueError: if a number is below 1.
     """
 
@@ -151,6 +157,7 @@ class HerdingBuffer(ExemplarsBuffer):
         exemplars_per_class: int | None = None,
         rerank: bool = False,
         rates: MemoryRates | None = None,
+        compression: Compression | None = None,
     ) -> None:
         _at_least_one("max_size", max_size)
         if exemplars_per_class is not None:
@@ -159,18 +166,18 @@ class HerdingBuffer(ExemplarsBuffer):
         self.exemplars_per_class = exemplars_per_class
         self.rerank = rerank
         self.rates = rates
+        self.compression = compression
         self.order: dict[int, Tensor] = {}
         """Per class, ``[m, 2]``: number of the source and position in its data set, best first."""
         self._sources: list[tuple[int, Any]] = []
+        self._files: dict[tuple[int, int], bytes] = {}
 
     @property
     def exemplar_bytes(self) -> int:
-        """Bytes of the exemplars as uint8 pixels, at the size the network sees."""
-        return (
-            len(self.buffer) * image_bytes(tuple(self.buffer.eval()[0][0].shape))
-            if self.order
-            else 0
-        )
+        """Bytes of the exemplars' files, or as uint8 pixels at the size the network sees."""
+        if self.compression is not None:
+            return sum(map(len, self._files.values()))
+        return len(self.buffer) * _raw_bytes(self.buffer) if self.order else 0
 
     def quota(self, n_classes: int, experience: int | None = None) -> int:
         """Return the exemplars a class holds when ``n_classes`` have been seen.
@@ -193,6 +200,27 @@ class HerdingBuffer(ExemplarsBuffer):
             )
         return int((self.max_size + extra) // n_classes)
 
+    def check(self, dataset: Any, n_classes: int) -> None:
+        """Check, before training, that each of ``n_classes`` can hold an exemplar.
+
+        :param dataset: the data of an experience.
+        :param n_classes: classes of the stream.
+        :raises ValueError: if the memory is smaller than the number of classes, has no rate for the
+            first experience, or has no room for a compressed image in each class; or if the codec
+            can't hold the images.
+        """
+        room = self.quota(n_classes, 0)
+        if self.compression is None:
+            return
+        lowest = 1 if self.compression.quality == "auto" else None
+        size = len(self.compression.encode(original_image(dataset, 0), lowest))
+        room *= _raw_bytes(dataset)
+        if size > room:
+            raise ValueError(
+                f"mem_size: expected room for a compressed image, such as the first one of {size} "
+                f"bytes, in each of {n_classes} classes, got {room} bytes"
+            )
+
     def post_adapt(self, agent_state: Any, exp: Any) -> None:
         """Choose exemplars of an experience's classes and shorten the others'.
 
@@ -209,11 +237,13 @@ class HerdingBuffer(ExemplarsBuffer):
             fresh = torch.stack([torch.full_like(positions, source), positions], dim=1)
             old = self.order.get(c, fresh[:0])
             candidates[c] = torch.cat([old, self._not_among(old, fresh)])
-        self.order = {c: order[:quota] for c, order in self.order.items()}
+        self.order = {c: self._front(order, quota) for c, order in self.order.items()}
+        quality = self._quality(agent_state, exp.dataset)
         for c, rows in candidates.items():
             rows = rows[torch.argsort(rows[:, 0], stable=True)]
             features = dataset_features(agent_state.model, self._dataset(rows), agent_state.device)
-            self.order[c] = rows[herding_order(features, quota).cpu()]
+            m = quota if self.compression is None else len(rows)
+            self.order[c] = self._front(rows[herding_order(features, m).cpu()], quota, quality)
         self._rebuild()
 
     def after(self, agent_state: Any, exp: Any) -> "HerdingBuffer":
@@ -223,7 +253,7 @@ class HerdingBuffer(ExemplarsBuffer):
         :param exp: the experience.
         """
         copied = copy.copy(self)
-        copied._sources = list(self._sources)
+        copied._sources, copied._files = list(self._sources), dict(self._files)
         copied.post_adapt(agent_state, exp)
         return copied
 
@@ -237,12 +267,22 @@ class HerdingBuffer(ExemplarsBuffer):
         self.max_size = new_size
         if self.order:
             quota = self.quota(len(self.order))
-            self.order = {c: order[:quota] for c, order in self.order.items()}
+            self.order = {c: self._front(order, quota) for c, order in self.order.items()}
             self._rebuild()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the exemplars' positions: tensors and plain data."""
-        return {"order": dict(self.order), "experiences": [e for e, _ in self._sources]}
+        """Return the exemplars' positions, and their files: tensors and plain data."""
+        return {
+            "order": dict(self.order),
+            "experiences": [e for e, _ in self._sources],
+            "files": {
+                "rows": list(self._files),
+                "sizes": [len(file) for file in self._files.values()],
+                "bytes": torch.from_numpy(
+                    np.frombuffer(b"".join(self._files.values()), np.uint8).copy()
+                ),
+            },
+        }
 
     def load_state_dict(self, state: dict[str, Any], stream: Sequence[Any]) -> None:
         """Take back saved positions.
@@ -253,6 +293,11 @@ class HerdingBuffer(ExemplarsBuffer):
         datasets = {e.current_experience: e.dataset for e in stream}
         self._sources = [(e, datasets[e]) for e in state["experiences"]]
         self.order = dict(state["order"])
+        files = state["files"]["bytes"].split(state["files"]["sizes"])
+        self._files = {
+            row: file.numpy().tobytes()
+            for row, file in zip(state["files"]["rows"], files, strict=True)
+        }
         self._rebuild()
 
     def _source_of(self, exp: Any, targets: Tensor) -> int:
@@ -267,21 +312,67 @@ class HerdingBuffer(ExemplarsBuffer):
         """Return the fresh rows whose samples the old ones don't hold already."""
         if not len(old):
             return fresh
-        held = set(sample_origins(self._dataset(old)))
-        origins = sample_origins(self._dataset(fresh))
+        held = set(sample_origins(self._originals(old)))
+        origins = sample_origins(self._originals(fresh))
         return fresh[torch.tensor([origin not in held for origin in origins])]
 
     def _rebuild(self) -> None:
         if self.order:
-            self.buffer = self._dataset(torch.cat(list(self.order.values())))
+            rows = torch.cat(list(self.order.values()))
+            held = {(source, position) for source, position in rows.tolist()}
+            self._files = {row: file for row, file in self._files.items() if row in held}
+            self.buffer = self._dataset(rows)
+
+    def _quality(self, agent_state: Any, dataset: Any) -> int | None:
+        """Return the quality for an experience's images; ``None`` for the one that is set."""
+        compression = self.compression
+        if compression is None or compression.quality != "auto":
+            return None
+        some = dataset.subset(list(range(0, len(dataset), -(-len(dataset) // 256))))
+
+        def features(quality: int | None) -> Tensor:
+            images = some if quality is None else through_codec(some, compression, quality=quality)
+            return dataset_features(agent_state.model, images, agent_state.device)
+
+        return lowest_quality(features, compression.max_distance)
+
+    def _front(self, rows: Tensor, quota: int, quality: int | None = None) -> Tensor:
+        """Return the rows that a class may hold, of those ordered best first."""
+        if self.compression is None or not len(rows):
+            return rows[:quota]
+        room = quota * _raw_bytes(self._originals(rows[:1]))
+        for number, (source, position) in enumerate(rows.tolist()):
+            row = source, position
+            if row not in self._files:
+                image = original_image(self._sources[source][1], position)
+                self._files[row] = self.compression.encode(image, quality)
+            room -= len(self._files[row])
+            if room < 0:
+                return rows[:number]
+        return rows
 
     def _dataset(self, rows: Tensor) -> Any:
-        """Return the samples at ``rows``, source by source and otherwise in their order."""
+        """Return the samples at ``rows``, source by source and otherwise in their order.
+
+        Those that have files are decoded from them.
+        """
+        originals = self._originals(rows)
+        files = [self._files.get((s, p)) for s, p in torch.cat(_by_source(rows)).tolist()]
+        if self.compression is None or not any(files):
+            return originals
+        return through_codec(originals, self.compression, files=files)
+
+    def _originals(self, rows: Tensor) -> Any:
+        """Return the samples at ``rows`` as their experiences hold them, in the same order."""
         parts = [
             self._sources[int(part[0, 0])][1].subset(part[:, 1].tolist())
             for part in _by_source(rows)
         ]
         return parts[0] if len(parts) == 1 else concat_datasets(parts)
+
+
+def _raw_bytes(dataset: Any) -> int:
+    return image_bytes(tuple(dataset.eval()[0][0].shape))
 
 
 def _by_source(rows: Tensor) -> list[Tensor]:

@@ -14,9 +14,12 @@ from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork, FastPath
 from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
+from avalanche_memo.training.compression import Compression
 from avalanche_memo.training.loading import ResidentBatches, shuffled_loader
+from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
+from avalanche_memo.training.storage_policy import MemoryRates
 
-__all__ = ["IncrementalTemplate", "Phase"]
+__all__ = ["IncrementalTemplate", "Phase", "ReplayTemplate"]
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,36 @@ class IncrementalTemplate(SupervisedTemplate):
         self.optimizer.add_param_group(
             {"params": [p for p in parameters if p.requires_grad], **settings}
         )
+
+
+class ReplayTemplate(IncrementalTemplate):
+    """A strategy with a memory of herded exemplars.
+
+    :param mem_size: exemplars in all.
+    :param exemplars_per_class: a fixed number per class instead.
+    :param memory_rates: what the memory may hold beyond that, by experience.
+    :param compression: how exemplars are kept; as raw pixels if not given.
+    :param method_plugins: the plugins that make the method; they run after the memory's.
+    :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
+    """
+
+    def __init__(
+        self,
+        *,
+        mem_size: int = 2000,
+        exemplars_per_class: int | None = None,
+        memory_rates: MemoryRates | None = None,
+        compression: Compression | None = None,
+        method_plugins: Sequence[Any] = (),
+        **base_kwargs: Any,
+    ) -> None:
+        memory = HerdingReplayPlugin(
+            mem_size,
+            exemplars_per_class=exemplars_per_class,
+            rates=memory_rates,
+            compression=compression,
+        )
+        super().__init__(method_plugins=[memory, *method_plugins], **base_kwargs)
 
 
 def _balanced_subset(dataset: Any, seed: int) -> Any:

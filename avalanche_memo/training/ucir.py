@@ -7,14 +7,12 @@ from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.plugins import (
-    HerdingReplayPlugin,
     ImprintingPlugin,
     LessForgetPlugin,
     MarginRankingPlugin,
 )
 from avalanche_memo.training.plugins.checks import check_cosine_classifier, check_network
-from avalanche_memo.training.storage_policy import MemoryRates
-from avalanche_memo.training.template import IncrementalTemplate, Phase
+from avalanche_memo.training.template import Phase, ReplayTemplate
 
 __all__ = ["UCIR", "UCIR_BALANCED", "UCIR_TRAINING"]
 
@@ -28,7 +26,7 @@ UCIR_BALANCED = Phase(
 from the second experience on."""
 
 
-class UCIR(IncrementalTemplate):
+class UCIR(ReplayTemplate):
     """Unified classifier, rebalanced.
 
     - Network: a single one with a :class:`CosineClassifier`, whose new vectors start as the means
@@ -46,13 +44,11 @@ class UCIR(IncrementalTemplate):
     :param optimizer: an optimizer with one parameter group.
     :param criterion: the main loss.
     :param mem_size: exemplars in all.
-    :param exemplars_per_class: a fixed number per class instead (as published, 20).
-    :param memory_rates: what the memory may hold beyond that, by experience.
     :param less_forget_weight: lambda_base, which ``sqrt(old / new classes)`` multiplies.
     :param ranking_weight: of the margin ranking loss; 0 leaves it out.
     :param hard_negatives: K, the new classes that an old sample is kept apart from.
     :param margin: of the margin ranking loss.
-    :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
+    :param base_kwargs: the arguments of :class:`ReplayTemplate`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork` with a cosine classifier.
     :raises ValueError: if it would add blocks, or an option is outside its range.
     """
@@ -64,8 +60,6 @@ class UCIR(IncrementalTemplate):
         optimizer: Optimizer,
         criterion: Any = CrossEntropyLoss(),  # noqa: B008
         mem_size: int = 2000,
-        exemplars_per_class: int | None = None,
-        memory_rates: MemoryRates | None = None,
         less_forget_weight: float = 5.0,
         ranking_weight: float = 1.0,
         hard_negatives: int = 2,
@@ -74,15 +68,13 @@ class UCIR(IncrementalTemplate):
     ) -> None:
         check_network(model, "UCIR", shares="all")
         check_cosine_classifier(model, "UCIR")
-        replay = HerdingReplayPlugin(
-            mem_size, exemplars_per_class=exemplars_per_class, rates=memory_rates
-        )
         ranking = MarginRankingPlugin(hard_negatives, margin, ranking_weight)
         losses = [LessForgetPlugin(less_forget_weight), *([ranking] if ranking_weight else [])]
         super().__init__(
             model=model,
             optimizer=optimizer,
             criterion=criterion,
-            method_plugins=[replay, ImprintingPlugin(), *losses],
+            mem_size=mem_size,
+            method_plugins=[ImprintingPlugin(), *losses],
             **base_kwargs,
         )

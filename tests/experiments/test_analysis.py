@@ -98,7 +98,7 @@ def test_gradients_are_measured_on_new_data_and_exemplars(kept, monkeypatch):
 def test_a_run_without_models_is_refused(tmp_path):
     config = parse(["--run_folder", str(tmp_path)])
     config.save(tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match=r"folder: expected a run with models .*got none"):
+    with pytest.raises(ValueError, match=r"folder: expected the models of a run .*got none"):
         analyse(tmp_path)
     with pytest.raises(ValueError, match="images: expected a number of at least 2, got 1"):
         analyse(tmp_path, images=1)

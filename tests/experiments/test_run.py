@@ -11,7 +11,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from avalanche_memo.benchmarks import split_digits
-from avalanche_memo.training import PODNET_BALANCED, PODNET_TRAINING, Phase
+from avalanche_memo.training import PODNET_BALANCED, PODNET_TRAINING, Compression, Phase
+from avalanche_memo.training.checkpoint import Checkpoint
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.run import main, run
@@ -155,8 +156,6 @@ def test_without_a_whole_checkpoint_nothing_is_overwritten(tmp_path):
 
 
 def stop_after(config: Config, epochs: int) -> None:
-    from avalanche_memo.training.checkpoint import Checkpoint
-
     class StopError(Exception):
         pass
 
@@ -218,6 +217,7 @@ def test_table_and_figure_show_the_numbers_of_the_results(finished, tmp_path):
         (["--mem_sizes=3"], "nearest known key is 'mem_size'"),
         (["--method=memoo"], "memoo"),
         (['--first=[{"epoch": 3}]'], "epoch"),
+        (["--compression.quality=0"], "quality: expected 1 to 100 or 'auto', got 0"),
         (["--resume=nowhere"], "expected a run folder with a config.yaml, got nowhere"),
     ],
 )
@@ -252,6 +252,11 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
             {"method": "podnet", "kd_temperature": 0.0, "flat_distillation": "kd"},
             ValueError,
             "temp",
+        ),
+        (
+            {"compression": Compression("jpeg", 75), "mem_size": 6},
+            ValueError,
+            "mem_size: expected room for a compressed image",
         ),
         ({"method": "podnet", "proxies": 0}, ValueError, "proxies: expected a number of at least"),
         ({"increment": 4}, ValueError, "increment: expected a divisor"),
@@ -298,6 +303,28 @@ def test_podnet_and_its_variants_are_configurations(tmp_path):
     assert results["bytes"][-1]["exemplar_bytes"] == (200 + more) // 6 * 6 * 64
 
 
+def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch):
+    variant = [*SHORT, *PODNET, "--memory_rates=[0.1,0.1,0.1]"]
+    plain = [*SHORT, *PODNET, "--flat_distillation=pod", "--run_folder", str(tmp_path / "plain")]
+    run(parse(plain))
+    run(parse([*variant, "--run_folder", str(tmp_path / "whole")]))
+    start = ["--start_from", str(tmp_path / "plain")]
+    save, epochs = Checkpoint.save, []
+    monkeypatch.setattr(
+        Checkpoint, "save", lambda self, s: (epochs.append(s.phase is not None), save(self, s))
+    )
+    run(parse([*variant, *start, "--run_folder", str(tmp_path / "begun")]))
+    assert sum(epochs) == 3 + 3  # none of the first experience
+    assert without_times(tmp_path / "begun") == without_times(tmp_path / "whole")
+
+    other = [*variant, *start, "--seed=7", "--run_folder", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match=r"start_from: .*seed: 1993 there, 7 here"):
+        run(parse(other))
+    nowhere = ["--start_from", str(tmp_path), "--run_folder", str(tmp_path / "nowhere")]
+    with pytest.raises(ValueError, match="start_from: expected a run folder whose first exp"):
+        run(parse([*variant, *nowhere]))
+
+
 def test_ucir_is_a_configuration(tmp_path):
     results = run(parse([*SHORT, "--method=ucir", "--run_folder", str(tmp_path / "ucir")]))
     assert results["cnn"]["accuracy"][0] > 0.5
@@ -329,6 +356,22 @@ def test_real_cifar_100(cifar100_root, tmp_path, method):
     )
     assert results["bytes"][-1]["exemplar_bytes"] == 80 * 3072
     assert results["cnn"]["accuracy"][0] > 0.5
+
+
+def test_compressed_exemplars_on_real_images(cifar100_root, tmp_path):
+    options = [
+        *("--method=memo", "--against=[]", "--benchmark=cifar100", "--increment=2", "--classes=6"),
+        *("--samples_per_class=60", "--backbone=resnet8", "--mem_size=24"),
+        *('--first=[{"epochs": 2}]', '--later=[{"epochs": 2}]'),
+        *("--compression.quality=60", "--compression.new_images=0.5"),
+        *("--data_root", str(cifar100_root), "--run_folder"),
+    ]
+    whole = run(parse([*options, str(tmp_path / "whole")]))
+    held = whole["bytes"][-1]["exemplar_bytes"]
+    assert 0.9 * 24 * 3072 < held <= 24 * 3072
+    stop_after(parse([*options, str(tmp_path / "killed")]), epochs=2 + 1 + 1)
+    run(parse([*options, str(tmp_path / "killed")]))
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
 
 
 def test_real_images_in_a_folder(imagenet_mini_root, tmp_path):

@@ -8,6 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_memo.models.expandable import experience_classes
+from avalanche_memo.training.compression import Compression, through_codec
 from avalanche_memo.training.loading import shuffled_loader
 from avalanche_memo.training.storage_policy import HerdingBuffer, MemoryRates, dataset_features
 
@@ -25,6 +26,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
     :param exemplars_per_class: a fixed number per class instead.
     :param rerank: whether older classes are herded again with the present features.
     :param rates: what the memory may hold beyond that, by experience.
+    :param compression: how exemplars are kept, and which new images pass through the same codec.
     :raises ValueError: if a number is below 1; before training, if the memory holds less than one
         exemplar for each class of the stream, or has too few rates for it, or rates by which it
         would hold more than there is.
@@ -37,12 +39,17 @@ class HerdingReplayPlugin(SupervisedPlugin):
         exemplars_per_class: int | None = None,
         rerank: bool = False,
         rates: MemoryRates | None = None,
+        compression: Compression | None = None,
     ) -> None:
         super().__init__()
         if mem_size < 1:
             raise ValueError(f"mem_size: expected a number of at least 1, got {mem_size}")
         self.buffer = HerdingBuffer(
-            mem_size, exemplars_per_class=exemplars_per_class, rerank=rerank, rates=rates
+            mem_size,
+            exemplars_per_class=exemplars_per_class,
+            rerank=rerank,
+            rates=rates,
+            compression=compression,
         )
         self._means: tuple[list[int], Tensor] | None = None
 
@@ -50,12 +57,17 @@ class HerdingReplayPlugin(SupervisedPlugin):
         """Check the memory against all classes of the stream, before anything is trained."""
         stream = getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
         classes = {c for e in stream for c in experience_classes(e)}
-        self.buffer.quota(len(classes | set(self.buffer.order)), 0)
+        self.buffer.check(strategy.experience.dataset, len(classes | set(self.buffer.order)))
         if self.buffer.rates is not None and not self.buffer.order:
             _check_rates(self.buffer, stream)
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Add the exemplars to the experience's data."""
+        """Add the exemplars to the experience's data, which pass through their codec first."""
+        compression = self.buffer.compression
+        if compression is not None and compression.new_images > 0:
+            strategy.adapted_dataset = through_codec(
+                strategy.adapted_dataset, compression, probability=compression.new_images
+            )
         if self.buffer.order:
             strategy.adapted_dataset = strategy.adapted_dataset.concat(self.buffer.buffer.train())
 
