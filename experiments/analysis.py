@@ -39,9 +39,10 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
     Gradients are those of the mean cross-entropy on a random sample of what the experience was
     learned from, new data and exemplars, in training mode and in batches of the run's size, but
     without augmentation and with new images uncompressed: after the first epoch and after the last.
-    They are computed here, not recorded while training. The shift is between these two, as a mean over a block's parameters and as a
-    sum. The similarity is between the models after their last epochs, for each block, by a random
-    sample of test images of all classes. The samples are the same in every call.
+    They are computed here, not recorded while training. The shift is between these two, as a mean
+    over a block's parameters and as a sum. The similarity is between the models after their last
+    epochs, for each block, by a random sample of test images of all classes. The samples are the
+    same in every call.
 
     :param folder: a run's folder, of a finished run or of one that has finished an experience.
     :param images: the size of each sample.
