@@ -28,6 +28,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
 from avalanche_memo.evaluation import (
+    ChannelMasks,
     ClassIncrementalAccuracy,
     MemoryUsage,
     ResumableForgetting,
@@ -56,11 +57,12 @@ from avalanche_memo.training import (
     Replay,
 )
 from avalanche_memo.training.checkpoint import Checkpoint, restore
+from avalanche_memo.training.plugins import SparsityPlugin
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.progress import ProgressBar
 
-__all__ = ["chip", "main", "run"]
+__all__ = ["chip", "main", "network_of", "run"]
 
 log = logging.getLogger("avalanche_memo")
 
@@ -227,13 +229,8 @@ def _memory_rates(config: Config, stream: Any) -> MemoryRates | None:
     return MemoryRates(tuple(rates), config.increment, per_class)
 
 
-def _strategy(
-    config: Config,
-    rates: MemoryRates | None,
-    checkpoint: Checkpoint,
-    plugins: list[Any],
-    logger: TensorboardLogger,
-) -> tuple[Any, ClassIncrementalAccuracy]:
+def network_of(config: Config) -> ExpandableNetwork:
+    """Return a configuration's network as it is before the first experience."""
     backbone = _backbone(config)
     stages = len(backbone.stages)
     shared = {"memo": stages - 1, "der": 0}.get(config.method, stages)
@@ -241,13 +238,24 @@ def _strategy(
         "podnet": partial(ProxyCosineClassifier, config.proxies),
         "ucir": CosineClassifier,
     }
-    network = ExpandableNetwork(
+    return ExpandableNetwork(
         lambda: backbone,
         shared if config.shared_stages is None else config.shared_stages,
         train_generalized=config.train_generalized,
         gradient_through_frozen=config.gradient_through_frozen,
         make_classifier=classifiers.get(config.method, GrowingLinear),
+        masked=config.method in ("memo", "der") and config.sparsity_weight != 0,
     )
+
+
+def _strategy(
+    config: Config,
+    rates: MemoryRates | None,
+    checkpoint: Checkpoint,
+    plugins: list[Any],
+    logger: TensorboardLogger,
+) -> tuple[Any, ClassIncrementalAccuracy]:
+    network = network_of(config)
     accuracy = ClassIncrementalAccuracy()
     device = config.device
     if device == "auto":
@@ -258,6 +266,14 @@ def _strategy(
         "memory_rates": rates,
     }
     auxiliary = {"auxiliary_weight": config.auxiliary_weight}
+    sparsity = {
+        "sparsity_weight": config.sparsity_weight,
+        "mask_s_max": config.mask_s_max,
+        "mask_rate": config.mask_rate,
+    }
+    if config.method == "memo" and network.masked:
+        weight, s_max, rate = sparsity.values()
+        plugins = [*plugins, SparsityPlugin(weight, s_max=s_max, rate=rate)]
     podnet = {
         "nca": config.nca,
         "pod_weight": config.pod_weight,
@@ -273,7 +289,7 @@ def _strategy(
     }
     method, options = {
         "memo": (MEMO, memory | auxiliary),
-        "der": (DER, memory | auxiliary),
+        "der": (DER, memory | auxiliary | sparsity),
         "podnet": (PODNet, memory | podnet),
         "ucir": (UCIR, memory | ucir),
         "replay": (Replay, memory),
@@ -295,7 +311,12 @@ def _strategy(
         device=device,
         plugins=plugins,
         evaluator=EvaluationPlugin(
-            TrainingAverages(), accuracy, ResumableForgetting(), MemoryUsage(), loggers=[logger]
+            TrainingAverages(),
+            accuracy,
+            ResumableForgetting(),
+            MemoryUsage(),
+            ChannelMasks(),
+            loggers=[logger],
         ),
         fast=config.fast,
         checkpoint=checkpoint,

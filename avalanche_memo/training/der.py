@@ -1,5 +1,5 @@
 """DER: Yan et al., "DER: Dynamically Expandable Representation for Class Incremental Learning",
-CVPR 2021, without pruning."""
+CVPR 2021."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training.plugins import AuxiliaryLossPlugin
+from avalanche_memo.training.plugins import AuxiliaryLossPlugin, SparsityPlugin
 from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.template import Phase, ReplayTemplate
 
@@ -30,28 +30,33 @@ DER_CLASSIFIER = Phase(
 
 
 class DynamicallyExpandableRepresentation(ReplayTemplate):
-    """Dynamically expandable representation, without pruning (``DER w/o P``).
+    """Dynamically expandable representation, with pruning or without (``DER w/o P``).
 
     Not Avalanche's ``DER``, which is Dark Experience Replay.
 
     - Network: a whole backbone per experience, nothing shared (section 3.1).
-    - Losses: cross-entropy over all classes seen, and the auxiliary loss on the newest block.
+    - Losses: cross-entropy over all classes seen, the auxiliary loss on the newest block, and, with
+      pruning, the sparsity loss of the newest block's masks.
     - Phases: representation on all data; from the second experience on, then the classifier alone,
-      started afresh, on a class-balanced subset at a higher temperature.
+      started afresh, on a class-balanced subset at a higher temperature. With pruning, the
+      classifier learns from the features that pruning leaves; channels are cut out thereafter.
     - Memory: herding.
     - Readout: the classifier; or nearest mean of exemplars.
 
     This strategy does not use task identities.
 
-    :param model: an :class:`ExpandableNetwork` that shares no stage.
+    :param model: an :class:`ExpandableNetwork` that shares no stage; for pruning ``masked=True``.
     :param optimizer: an optimizer with one parameter group.
     :param criterion: the main loss.
     :param mem_size: exemplars in all.
     :param auxiliary_weight: weight of the auxiliary loss, lambda_a.
+    :param sparsity_weight: weight of the sparsity loss, lambda_s; 0 is without pruning.
+    :param mask_s_max: scale of the masks at an epoch's end.
+    :param mask_rate: how much faster than weights the masks learn; see :class:`SparsityPlugin`.
     :param base_kwargs: the arguments of :class:`ReplayTemplate`. Without ``later_phases``,
         ``train_epochs`` epochs are followed by :data:`DER_CLASSIFIER`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
-    :raises ValueError: if it shares a stage.
+    :raises ValueError: if it shares a stage, or has masks without a sparsity weight or the reverse.
     """
 
     def __init__(
@@ -62,10 +67,20 @@ class DynamicallyExpandableRepresentation(ReplayTemplate):
         criterion: Any = CrossEntropyLoss(),  # noqa: B008
         mem_size: int = 2000,
         auxiliary_weight: float = 1.0,
+        sparsity_weight: float = 0.0,
+        mask_s_max: float = 100.0,
+        mask_rate: float = 1.0,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "DER", shares="none")
-        losses = [AuxiliaryLossPlugin(auxiliary_weight)]
+        losses: list[Any] = [AuxiliaryLossPlugin(auxiliary_weight)]
+        if model.masked != (sparsity_weight != 0):
+            raise ValueError(
+                f"sparsity_weight: expected {'one above 0' if model.masked else '0'} for a network "
+                f"with masked={model.masked}, got {sparsity_weight}"
+            )
+        if model.masked:
+            losses.append(SparsityPlugin(sparsity_weight, s_max=mask_s_max, rate=mask_rate))
         if base_kwargs.get("later_phases") is None:
             representation = Phase(base_kwargs.get("train_epochs", 1))
             base_kwargs["later_phases"] = (representation, DER_CLASSIFIER)
