@@ -116,9 +116,10 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     def open_channels(self) -> Tensor:
         """Return which channels ``[C]`` are open: where the embedding is positive.
 
-        If that is none, the largest one's.
+        If that is nowhere, the first one with the largest embedding is.
         """
-        return (self.embedding > 0) | (self.embedding == self.embedding.max())
+        channels = torch.arange(self.num_features, device=self.embedding.device)
+        return (self.embedding > 0) | (channels == self.embedding.argmax())
 
     def mask(self) -> Tensor:
         """Return the mask ``[C]``."""

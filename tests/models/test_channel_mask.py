@@ -116,9 +116,9 @@ def test_in_evaluation_channels_are_open_or_exactly_zero():
     assert torch.equal(output[:, [1, 3]], norm(x)[:, [1, 3]])
 
 
-def test_at_least_one_channel_is_open():
-    masked = masked_norm([-0.3, -0.1, -0.2]).eval()
-    assert masked.mask().tolist() == [0, 1, 0]
+@pytest.mark.parametrize("embedding", [[-0.3, -0.1, -0.2], [-6.0, -5.0, -5.0]])
+def test_where_all_channels_would_close_one_is_open(embedding):
+    assert masked_norm(embedding).eval().mask().tolist() == [0, 1, 0]
 
 
 def test_embeddings_are_drawn_from_a_normal_distribution():
