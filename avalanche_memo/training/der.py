@@ -1,6 +1,7 @@
 """DER: Yan et al., "DER: Dynamically Expandable Representation for Class Incremental Learning",
 CVPR 2021."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch.nn import CrossEntropyLoss
@@ -11,10 +12,21 @@ from avalanche_memo.training.plugins import AuxiliaryLossPlugin, SparsityPlugin
 from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.template import Phase, ReplayTemplate
 
-__all__ = ["DER", "DER_CLASSIFIER", "DER_REPRESENTATION", "DynamicallyExpandableRepresentation"]
+__all__ = [
+    "DER",
+    "DER_CLASSIFIER",
+    "DER_IMAGENET_CLASSIFIER",
+    "DER_IMAGENET_REPRESENTATION",
+    "DER_REPRESENTATION",
+    "DER_RESNET32_FIRST",
+    "DER_RESNET32_LATER",
+    "DynamicallyExpandableRepresentation",
+]
 
 DER_REPRESENTATION = Phase(170, lr=0.1, weight_decay=5e-4, milestones=(100, 120), warmup_epochs=10)
-"""Representation learning on CIFAR-100, batches of 128 (the authors' released configuration)."""
+"""Representation learning on CIFAR-100 with a ResNet-18, batches of 128 (the authors' released
+configuration). Their scheduler counts the milestones from the end of the warm-up on, so that the
+rate falls after 110 and 130 epochs, and it starts both classifiers afresh there."""
 
 DER_CLASSIFIER = Phase(
     30,
@@ -27,6 +39,22 @@ DER_CLASSIFIER = Phase(
     reset_classifier=True,
 )
 """Classifier learning, section 3.4 (the authors' released configuration)."""
+
+DER_IMAGENET_REPRESENTATION = Phase(
+    220, lr=0.1, weight_decay=5e-4, milestones=(60, 120, 160, 180), warmup_epochs=20
+)
+"""Representation learning on ImageNet-100 with a ResNet-18, batches of 256 (the authors' released
+configuration, whose milestones count from the end of the warm-up on)."""
+
+DER_IMAGENET_CLASSIFIER = replace(DER_CLASSIFIER, temperature=1.0)
+"""Classifier learning on ImageNet-100 (the authors' released configuration)."""
+
+DER_RESNET32_FIRST = Phase(200, lr=0.1, weight_decay=5e-4, milestones=(60, 120, 170))
+"""The first experience on CIFAR-100 with a ResNet-32, batches of 128: PyCIL's, the authors have
+released none. PyCIL aligns the classifier's weights instead of learning the classifier again."""
+
+DER_RESNET32_LATER = Phase(170, lr=0.1, weight_decay=2e-4, milestones=(80, 120, 150))
+"""The later experiences (PyCIL's)."""
 
 
 class DynamicallyExpandableRepresentation(ReplayTemplate):
