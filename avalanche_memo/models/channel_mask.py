@@ -64,9 +64,7 @@ class _Gate(torch.autograd.Function):
         return torch.sigmoid(scale * embedding)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (embedding,) = ctx.saved_tensors
         return gradient * compensated_slope(embedding, ctx.scale, ctx.rate), None, None
 

@@ -129,12 +129,12 @@ def test_refuses_layers_that_cannot_be_masked(layers, message):
 
 
 def test_refuses_attention():
-    with pytest.raises(ValueError, match="backbone: expected no attention .* got CBAM"):
+    with pytest.raises(ValueError, match=r"backbone: expected no attention .* got CBAM"):
         ExpandableNetwork(partial(cifar_resnet, 8, "cbam"), 0, masked=True)
 
 
 def test_refuses_masks_where_no_block_is_added():
-    with pytest.raises(ValueError, match="masked: expected False .* got True"):
+    with pytest.raises(ValueError, match=r"masked: expected False .* got True"):
         ExpandableNetwork(tiny_backbone, 3, masked=True)
 
 
@@ -363,7 +363,7 @@ def test_a_state_that_was_pruned_otherwise_is_refused():
     model.prune()
     other.masks()[0].norm.embedding.data.neg_()
     other.prune()
-    with pytest.raises(ValueError, match="state_dict: expected .* pruned as this one was"):
+    with pytest.raises(ValueError, match=r"state_dict: expected .* pruned as this one was"):
         model.load_state_dict(other.state_dict())
 
 

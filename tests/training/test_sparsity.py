@@ -1,5 +1,6 @@
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -126,7 +127,7 @@ def test_the_block_is_pruned_after_the_experience_as_its_masks_say():
     assert model.kept == [[[c for c, e in enumerate(row) if e > 0] for row in embeddings]]
     weights = [p.shape for n, p in model.specialized[0].named_parameters() if p.dim() == 4]
     inputs = [1, *(len(k) for k in model.kept[0])]
-    assert weights == [(b, a, 3, 3) for a, b in zip(inputs, inputs[1:], strict=False)]
+    assert weights == [(b, a, 3, 3) for a, b in pairwise(inputs)]
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2], ids=["DER", "MEMO-2", "MEMO"])
@@ -143,7 +144,6 @@ def test_with_naive_over_several_experiences(shared):
             for a, b in zip(old.parameters(), now.parameters(), strict=True):
                 assert torch.equal(a, b)
     assert len(model.kept) == len(model.specialized) == 3
-    optimized = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
     strategy.train(benchmark.train_stream[3])
     optimized = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
     newest = [layer.norm.embedding for layer in model.masks()]
@@ -293,6 +293,6 @@ def test_der_refuses_a_weight_without_masks_and_the_reverse(weight, has_masks):
 def test_the_plugin_refuses_a_network_without_masks_before_training():
     model = ExpandableNetwork(tiny_backbone, 0)
     strategy = naive(model, SparsityPlugin(1.0))
-    with pytest.raises(ValueError, match="model: SparsityPlugin expected .* masked=True, got False"):
+    with pytest.raises(ValueError, match=r"model: .* expected .*masked=True, got False"):
         strategy.train(make_benchmark().train_stream[0])
     assert not model.classes
