@@ -52,6 +52,9 @@ class Config:
     :param compression: how exemplars are kept (codec, quality, new_images, max_distance); as raw
         pixels where it is not given.
     :param auxiliary_weight: weight of the auxiliary loss (MEMO, DER).
+    :param sparsity_weight: weight of the sparsity loss; 0 is without masks and pruning (MEMO, DER).
+    :param mask_s_max: scale of the masks at an epoch's end (MEMO, DER).
+    :param mask_rate: how much faster than weights the masks learn (MEMO, DER).
     :param proxies: proxies of a class (PODNet).
     :param nca: the paper's equation, or what the authors' released code computes (PODNet).
     :param pod_weight: weight of the distillation of the stages' outputs (PODNet).
@@ -99,6 +102,9 @@ class Config:
     memory_rates: Literal["default"] | list[float] | None = None
     compression: Compression | None = None
     auxiliary_weight: float = 1.0
+    sparsity_weight: float = 0.0
+    mask_s_max: float = 100.0
+    mask_rate: float = 1.0
     proxies: int = 10
     nca: Literal["equation", "released"] = "equation"
     pod_weight: float = 3.0

@@ -30,6 +30,7 @@ from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
 from avalanche_memo.budget import image_bytes
 from avalanche_memo.evaluation import (
+    ChannelMasks,
     ClassIncrementalAccuracy,
     MemoryUsage,
     ResumableForgetting,
@@ -58,6 +59,7 @@ from avalanche_memo.training import (
     Replay,
 )
 from avalanche_memo.training.checkpoint import Checkpoint, restore
+from avalanche_memo.training.plugins import SparsityPlugin
 from avalanche_memo.training.samples import original_image
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
@@ -283,6 +285,7 @@ def make_network(config: Config) -> ExpandableNetwork:
         train_generalized=config.train_generalized,
         gradient_through_frozen=config.gradient_through_frozen,
         make_classifier=classifiers.get(config.method, GrowingLinear),
+        masked=config.method in ("memo", "der") and config.sparsity_weight != 0,
     )
 
 
@@ -305,6 +308,14 @@ def _strategy(
         "compression": config.compression,
     }
     auxiliary = {"auxiliary_weight": config.auxiliary_weight}
+    sparsity = {
+        "sparsity_weight": config.sparsity_weight,
+        "mask_s_max": config.mask_s_max,
+        "mask_rate": config.mask_rate,
+    }
+    if config.method == "memo" and network.masked:
+        weight, s_max, rate = sparsity.values()
+        plugins = [*plugins, SparsityPlugin(weight, s_max=s_max, rate=rate)]
     podnet = {
         "nca": config.nca,
         "pod_weight": config.pod_weight,
@@ -320,7 +331,7 @@ def _strategy(
     }
     method, options = {
         "memo": (MEMO, memory | auxiliary),
-        "der": (DER, memory | auxiliary),
+        "der": (DER, memory | auxiliary | sparsity),
         "podnet": (PODNet, memory | podnet),
         "ucir": (UCIR, memory | ucir),
         "replay": (Replay, memory),
@@ -342,7 +353,12 @@ def _strategy(
         device=device,
         plugins=plugins,
         evaluator=EvaluationPlugin(
-            TrainingAverages(), accuracy, ResumableForgetting(), MemoryUsage(), loggers=[logger]
+            TrainingAverages(),
+            accuracy,
+            ResumableForgetting(),
+            MemoryUsage(),
+            ChannelMasks(),
+            loggers=[logger],
         ),
         fast=config.fast,
         checkpoint=checkpoint,

@@ -7,6 +7,7 @@ from avalanche_memo.evaluation.functional import (
     group_classes,
 )
 from avalanche_memo.evaluation.metrics import (
+    ChannelMasks,
     ClassIncrementalAccuracy,
     MemoryUsage,
     class_incremental_metrics,
@@ -15,6 +16,7 @@ from avalanche_memo.evaluation.metrics import (
 from avalanche_memo.evaluation.training import ResumableForgetting, TrainingAverages
 
 __all__ = [
+    "ChannelMasks",
     "ClassIncrementalAccuracy",
     "MemoryUsage",
     "ResumableForgetting",

@@ -28,8 +28,11 @@ from avalanche_memo.evaluation.functional import (
     forgetting_rate,
     group_classes,
 )
+from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.models.channel_mask import channel_mask
 
 __all__ = [
+    "ChannelMasks",
     "ClassIncrementalAccuracy",
     "MemoryUsage",
     "Readout",
@@ -336,6 +339,40 @@ class MemoryUsage(PluginMetric):
         }
         x = strategy.clock.train_iterations
         return [MetricValue(self, name, value, x) for name, value in self._last.items()]
+
+
+class ChannelMasks(PluginMetric):
+    """The newest block's masks after each experience: a histogram per layer.
+
+    Emits, for instance as ``ChannelMask/train_phase/train_stream/Task000/0.1.residual.3``, the mask
+    ``[C]`` of each of the model's ``masks()``, soft, at the scale that they learned with last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last masks."""
+        self._last: dict[str, Tensor] = {}
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the masks emitted last, by full name."""
+        return dict(self._last)
+
+    def __str__(self) -> str:
+        return "ChannelMasks"
+
+    def after_training_exp(self, strategy: Any) -> list[MetricValue]:
+        """Emit the masks."""
+        layers = strategy.model.masks() if isinstance(strategy.model, ExpandableNetwork) else []
+        name = get_metric_name("ChannelMask", strategy)
+        self._last = {
+            f"{name}/{layer.name}": channel_mask(layer.norm.embedding, layer.norm.scale).cpu()
+            for layer in layers
+        }
+        x = strategy.clock.train_iterations
+        return [MetricValue(self, key, mask, x) for key, mask in self._last.items()]
 
 
 def class_incremental_metrics() -> list[PluginMetric]:

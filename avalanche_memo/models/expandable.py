@@ -6,6 +6,7 @@ Learning", CVPR 2021.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,17 @@ from torch import Tensor, nn
 
 from avalanche_memo.models.fast_path import FastPath, fold_batch_norm, has_bfloat16
 from avalanche_memo.models.heads import GrowingClassifier, GrowingLinear
+from avalanche_memo.models.pruning import (
+    MaskedLayer,
+    mask_channels,
+    masked_layers,
+    prune_channels,
+)
 from avalanche_memo.models.staged import StagedBackbone
 
 __all__ = ["UNSEEN_LOGIT", "ExpandableNetwork", "NetworkOutputs", "experience_classes"]
+
+log = logging.getLogger("avalanche_memo")
 
 UNSEEN_LOGIT = -1e4
 """The logit of a class not seen yet: its softmax is exactly 0 in float32, and it stays finite in
@@ -68,9 +77,13 @@ class ExpandableNetwork(DynamicModule):
         older specialized blocks, as published. ``False`` is faster: the generalized blocks then
         learn from the newest block alone.
     :param make_classifier: called once, returns the classifier.
+    :param masked: whether the newest block's channels have masks, by which :meth:`prune` cuts it. A
+        block is pruned when it is frozen, at the latest. The next one starts from the weights that
+        the block had before, so these are kept until then; inference does not need them.
     :raises TypeError: if ``make_backbone`` does not return a :class:`StagedBackbone`, or
         ``make_classifier`` a :class:`GrowingClassifier`.
-    :raises ValueError: if the backbone has too few stages for ``shared_stages``.
+    :raises ValueError: if the backbone has too few stages for ``shared_stages``; for masks where no
+        block is added, or on layers that can't have them.
     """
 
     _columns: Tensor
@@ -83,6 +96,7 @@ class ExpandableNetwork(DynamicModule):
         train_generalized: bool = True,
         gradient_through_frozen: bool = True,
         make_classifier: Callable[[], GrowingClassifier] = GrowingLinear,
+        masked: bool = False,
     ) -> None:
         super().__init__()
         factory = callable(make_backbone) and not isinstance(make_backbone, nn.Module)
@@ -102,7 +116,10 @@ class ExpandableNetwork(DynamicModule):
         self.block_dim = backbone.feature_dim
         self.train_generalized = train_generalized
         self.gradient_through_frozen = gradient_through_frozen
+        self.masked = masked
         self.growth: list[list[int]] = []
+        self.kept: list[list[list[int]]] = []
+        """For each pruned block, oldest first: the channels that each of its layers has kept."""
         self._evaluation_width = 0
         self.outputs: NetworkOutputs | None = None
         self.fast = FastPath.of(False)
@@ -111,8 +128,13 @@ class ExpandableNetwork(DynamicModule):
 
         self.generalized = nn.ModuleList(backbone.stages[:shared_stages])
         self.specialized = nn.ModuleList()
+        if masked and not self.expands:
+            raise ValueError("masked: expected False where all stages are shared, got True")
         if self.expands:
-            self.specialized.append(nn.ModuleList(backbone.stages[shared_stages:]))
+            block: nn.Module = nn.ModuleList(backbone.stages[shared_stages:])
+            self.specialized.append(mask_channels(block) if masked else block)
+        # Empty, or the newest block as it was before it was pruned.
+        self.unpruned = nn.ModuleList()
         classifier = make_classifier()
         if not isinstance(classifier, GrowingClassifier):
             raise TypeError(
@@ -163,8 +185,10 @@ class ExpandableNetwork(DynamicModule):
         Its weights are of no use before that.
         """
         copied = copy.deepcopy(self)
-        copied.growth, copied._evaluation_width = [], 0
-        copied.specialized = copied.specialized[:1]
+        copied.growth, copied.kept, copied._evaluation_width = [], [], 0
+        # The last of them is one that no channel was cut out of.
+        copied.specialized = nn.ModuleList([*copied.specialized, *copied.unpruned][-1:])
+        copied.unpruned = nn.ModuleList()
         copied.auxiliary.clear()
         copied.classifier = copy.deepcopy(self._first_classifier[0]).to(self._adaptation_device)
         copied.classifier.grow(new_features=self.block_dim)
@@ -206,9 +230,15 @@ class ExpandableNetwork(DynamicModule):
         self.growth.append([int(c) for c in new_classes])
         expand = self.expands and not first
         if expand:
+            self.prune()
             newest = self.specialized[-1]
-            self.specialized.append(copy.deepcopy(newest))
+            self.specialized.append(copy.deepcopy(self.unpruned[0] if self.masked else newest))
             _freeze(newest)
+            if self.masked:
+                self.unpruned = nn.ModuleList()
+                self.specialized[-1].requires_grad_(True)
+                for layer in self.masks():
+                    layer.norm.reset_mask()
             device = self._adaptation_device
             # A name of its own each time: under one name the head would have to shrink when an
             # experience has fewer classes than the last, which Avalanche's plugins refuse.
@@ -222,6 +252,36 @@ class ExpandableNetwork(DynamicModule):
         self._columns = torch.tensor(self.classes, device=self._adaptation_device)
         # Avalanche calls train() before it adapts the model, so the block frozen here missed it.
         self.train(self.training)
+
+    def masks(self) -> list[MaskedLayer]:
+        """Return the newest block's masked layers, as they are or were when it was pruned."""
+        return masked_layers([*self.specialized, *self.unpruned][-1]) if self.masked else []
+
+    @torch.no_grad()
+    def prune(self, kept: Sequence[Sequence[int]] | None = None) -> None:
+        """Cut the channels out of the newest block that are closed; once per block.
+
+        :param kept: for each of :meth:`masks`, the numbers of the channels to keep instead.
+        """
+        if not self.masked or len(self.kept) == len(self.specialized):
+            return
+        newest = self.specialized[-1]
+        if kept is None:
+            kept = [self._open_channels(layer) for layer in self.masks()]
+        self.specialized[-1] = prune_channels(newest, kept)
+        self.unpruned.append(newest)
+        _freeze(newest)
+        self.kept.append([list(channels) for channels in kept])
+        self.use(self.fast).train(self.training)
+
+    def _open_channels(self, layer: MaskedLayer) -> list[int]:
+        if not (layer.norm.embedding > 0).any():
+            log.info(
+                "pruning: block %d would keep no channel of layer %s; it keeps the best one",
+                *(len(self.specialized), layer.name),
+            )
+        channels: list[int] = layer.norm.open_channels().nonzero()[:, 0].tolist()
+        return channels
 
     def train(self, mode: bool = True) -> "ExpandableNetwork":
         """Set training mode, but keep frozen blocks in evaluation mode."""
@@ -251,7 +311,7 @@ class ExpandableNetwork(DynamicModule):
         """Choose the parts of the fast path to run on; a network starts with none."""
         self.fast = FastPath.of(fast)
         layout = torch.channels_last if self.fast.channels_last else torch.contiguous_format
-        for blocks in (self.generalized, self.specialized):
+        for blocks in (self.generalized, self.specialized, self.unpruned):
             blocks.to(memory_format=layout)
         self._folded = []
         return self
@@ -295,14 +355,21 @@ class ExpandableNetwork(DynamicModule):
         return columns.index_copy(1, self._columns, logits)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the structure: the classes of each growth."""
-        return {"growth": [list(new) for new in self.growth]}
+        """Return the structure: the classes of each growth, and what pruning has kept."""
+        structure: dict[str, Any] = {"growth": [list(new) for new in self.growth]}
+        return structure | ({"kept": copy.deepcopy(self.kept)} if self.masked else {})
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Grow a fresh network to a saved structure, so that ``load_state_dict`` alone restores it.
 
-        :raises ValueError: if this network has grown otherwise.
+        :raises ValueError: if this network has grown or was pruned otherwise.
         """
+        kept = state.get("kept", [])
+        if self.masked != ("kept" in state) or self.kept != kept[: len(self.kept)]:
+            raise ValueError(
+                f"state_dict: expected one of a network with masked={self.masked} that was pruned "
+                "as this one was, got another"
+            )
         if self.growth != state["growth"][: len(self.growth)]:
             raise ValueError(
                 f"state_dict: made by a network that learned {state['growth']}, "
@@ -310,8 +377,15 @@ class ExpandableNetwork(DynamicModule):
             )
         self._folded = []
         with torch.random.fork_rng(devices=[]):
+            self._prune_as(kept)
             for new_classes in state["growth"][len(self.growth) :]:
                 self.grow(new_classes)
+                self._prune_as(kept)
+
+    def _prune_as(self, kept: list[list[list[int]]]) -> None:
+        newest = len(self.specialized) - 1
+        if self.masked and newest < len(kept):
+            self.prune(kept[newest])
 
     def __getstate__(self) -> dict[str, Any]:
         # Avalanche's plugins deep-copy models; tensors inside an autograd graph can't be copied.

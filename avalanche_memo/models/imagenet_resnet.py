@@ -9,7 +9,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from avalanche_memo.models.staged import StagedBackbone
 
-__all__ = ["imagenet_resnet"]
+__all__ = ["OpenBlock", "imagenet_resnet"]
 
 _BLOCKS = {
     10: (BasicBlock, [1, 1, 1, 1]),
@@ -20,7 +20,7 @@ _BLOCKS = {
 }
 
 
-class _OpenBlock(nn.Module):
+class OpenBlock(nn.Module):
     """The layers of a torchvision block, without the ReLU on its output."""
 
     def __init__(self, block: BasicBlock | Bottleneck) -> None:
@@ -30,6 +30,7 @@ class _OpenBlock(nn.Module):
             self.add_module(name, child)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for a feature map."""
         layers = dict(self.named_children())
         residual = x
         for i in range(1, self.convolutions + 1):
@@ -59,7 +60,7 @@ def imagenet_resnet(depth: int, last_relu: bool = True) -> StagedBackbone:
     stages = [nn.Sequential(stem, *net.layer1), net.layer2, net.layer3, net.layer4]
     if not last_relu:
         for stage in stages:
-            stage[-1] = _OpenBlock(stage[-1])
+            stage[-1] = OpenBlock(stage[-1])
         # Not in place: the maps before it are kept.
         stages[1:] = [nn.Sequential(nn.ReLU(), *stage) for stage in stages[1:]]
     return StagedBackbone(stages, feature_dim=512 * block.expansion)

@@ -4,7 +4,11 @@ from avalanche_memo.training.compression import Compression
 from avalanche_memo.training.der import (
     DER,
     DER_CLASSIFIER,
+    DER_IMAGENET_CLASSIFIER,
+    DER_IMAGENET_REPRESENTATION,
     DER_REPRESENTATION,
+    DER_RESNET32_FIRST,
+    DER_RESNET32_LATER,
     DynamicallyExpandableRepresentation,
 )
 from avalanche_memo.training.memo import MEMO, MEMO_FIRST, MEMO_LATER
@@ -17,7 +21,11 @@ from avalanche_memo.training.ucir import UCIR, UCIR_BALANCED, UCIR_TRAINING
 __all__ = [
     "DER",
     "DER_CLASSIFIER",
+    "DER_IMAGENET_CLASSIFIER",
+    "DER_IMAGENET_REPRESENTATION",
     "DER_REPRESENTATION",
+    "DER_RESNET32_FIRST",
+    "DER_RESNET32_LATER",
     "MEMO",
     "MEMORY_RATES",
     "MEMO_FIRST",

@@ -16,6 +16,7 @@ __all__ = [
     "nca_loss_released",
     "pod_loss",
     "softmax_distillation_loss",
+    "sparsity_loss",
 ]
 
 
@@ -262,3 +263,33 @@ def _check_columns(similarities: Tensor) -> None:
             "similarities: expected [B, W] with at least two columns, "
             f"got shape {tuple(similarities.shape)}"
         )
+
+
+def sparsity_loss(
+    masks: Sequence[Tensor],
+    kernel_areas: Sequence[int],
+    sources: Sequence[int | None],
+    in_channels: int = 3,
+) -> Tensor:
+    """Return the part of a block's weights that its channel masks leave in use.
+
+    DER (Yan et al., CVPR 2021), section 3.3: ``sum_l K_l |m_{l-1}|_1 |m_l|_1`` over
+    ``sum_l K_l c_{l-1} c_l``. Where layers form no chain, l - 1 is the layer that feeds layer l.
+
+    :param masks: the mask ``[c_l]`` of each layer, from 0 to 1.
+    :param kernel_areas: K_l, the kernel's pixels.
+    :param sources: for each layer, the number of the layer that feeds it; ``None`` for the block's
+        input.
+    :param in_channels: channels of the block's input, all in use.
+    :return: the loss, a scalar.
+    """
+    used = [mask.sum() for mask in masks]
+    terms = [
+        area * (in_channels if source is None else used[source]) * own
+        for area, source, own in zip(kernel_areas, sources, used, strict=True)
+    ]
+    weights = sum(
+        area * (in_channels if source is None else len(masks[source])) * len(mask)
+        for area, source, mask in zip(kernel_areas, sources, masks, strict=True)
+    )
+    return torch.stack(terms).sum() / weights

@@ -11,7 +11,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from avalanche_memo.benchmarks import split_digits
-from avalanche_memo.training import PODNET_BALANCED, PODNET_TRAINING, Compression, Phase
+from avalanche_memo.training import (
+    DER_CLASSIFIER,
+    PODNET_BALANCED,
+    PODNET_TRAINING,
+    Compression,
+    Phase,
+)
 from avalanche_memo.training.checkpoint import Checkpoint
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
@@ -259,6 +265,10 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
             "mem_size: expected room for a compressed image",
         ),
         ({"method": "podnet", "proxies": 0}, ValueError, "proxies: expected a number of at least"),
+        ({"method": "der", "sparsity_weight": -1.0}, ValueError, "weight: expected .* got -1.0"),
+        ({"sparsity_weight": 1.0, "mask_s_max": 1.0}, ValueError, "s_max: expected .* above 1"),
+        ({"sparsity_weight": 1.0, "mask_rate": 0.0}, ValueError, "rate: expected a positive"),
+        ({"sparsity_weight": 1.0, "attention": "cbam"}, ValueError, "backbone: .* no attention"),
         ({"increment": 4}, ValueError, "increment: expected a divisor"),
         ({"benchmark": "cifar100", "data_root": "nowhere"}, FileNotFoundError, "download=True"),
         ({"benchmark": "image_folder", "data_root": "nowhere"}, FileNotFoundError, "train"),
@@ -284,6 +294,14 @@ def test_the_shipped_configurations_are_the_published_protocol():
     assert config.first == [Phase(200, 0.1, 5e-4, (60, 120, 170))]
     assert config.later == [Phase(170, 0.1, 2e-4, (80, 120, 150))]
     parse(["--config", str(CONFIGS / "memo_cifar100_b0_inc10_short.yaml")])
+
+
+def test_the_shipped_der_configuration():
+    config = parse(["--config", str(CONFIGS / "der_cifar100_b0_inc10_short.yaml")])
+    assert (config.method, config.base, config.increment) == ("der", 0, 10)
+    memo = parse(["--config", str(CONFIGS / "memo_cifar100_b0_inc10_short.yaml")])
+    assert config.first == memo.first
+    assert config.later == [*memo.later, replace(DER_CLASSIFIER, epochs=10, milestones=(5,))]
 
 
 PODNET = [

@@ -48,6 +48,7 @@ LATER = (
 EXEMPLARS = (LATER[0], Phase(2, learns="classifier", data="exemplars"))
 METHODS = {
     "DER": (DER, 0, {}),
+    "DER pruned": (partial(DER, sparsity_weight=1.0), 0, {}),
     "MEMO": (MEMO, 2, {}),
     "Replay": (Replay, 3, {}),
     "PODNet": (
@@ -94,7 +95,9 @@ def make(path: Path, *plugins: Any, method: str = "DER", seed: int = 0, fast: bo
     random.seed(seed)
     strategy, shared_stages, own = METHODS[method]
     classifier = CLASSIFIERS.get(method, GrowingLinear)
-    model = ExpandableNetwork(tiny_backbone, shared_stages, make_classifier=classifier)
+    model = ExpandableNetwork(
+        tiny_backbone, shared_stages, make_classifier=classifier, masked=method == "DER pruned"
+    )
     return strategy(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
@@ -231,6 +234,28 @@ def test_goes_on_from_any_place(event, n, save_between, tmp_path, whole_runs):
     strategy = resume(path)
     go_on(strategy, make_benchmark().train_stream, save_between=save_between)
     assert_same_outcome(outcome(strategy), whole_runs())
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize(
+    ("event", "n", "save_between"),
+    [
+        ("before_training_epoch", 2, False),  # before anything is pruned
+        ("before_training_epoch", 4, False),  # on top of a pruned block
+        ("before_training_epoch", 6, False),  # while the classifier learns
+        ("before_training_epoch", 8, False),
+        ("after_training_exp", 2, False),  # a block that is pruned, but was not saved so
+        ("before_training_exp", 3, True),  # after pruning, before the next block
+    ],
+)
+def test_pruning_goes_on(event, n, save_between, fast, tmp_path, whole_runs):
+    path = tmp_path / "run.pt"
+    options = {"method": "DER pruned", "fast": fast}
+    interrupted(path, event, n, save_between=save_between, **options)
+    strategy = resume(path, **options)
+    go_on(strategy, make_benchmark().train_stream, save_between=save_between)
+    assert_same_outcome(outcome(strategy), whole_runs("DER pruned", fast))
+    assert len(strategy.model.kept) == EXPERIENCES
 
 
 def test_goes_on_after_several_interruptions(tmp_path, whole_runs):

@@ -13,8 +13,10 @@ from avalanche_memo.training.losses import (
     nca_loss_released,
     pod_loss,
     softmax_distillation_loss,
+    sparsity_loss,
 )
 from tests.reference import losses as plain
+from tests.reference import masks as plain_masks
 
 
 def normal(*shape, seed=0, learns=True):
@@ -211,3 +213,34 @@ def test_margin_ranking_of_new_samples_alone_is_0():
 def test_margin_ranking_refuses_more_negatives_than_new_classes(old, k):
     with pytest.raises(ValueError, match=f"k: expected 1 to 2, .*got {k}"):
         margin_ranking_loss(torch.ones(2, 4), torch.tensor([0, 1]), old, k)
+
+
+# --- sparsity -----------------------------------------------------------------------------------
+
+
+def test_sparsity_by_hand():
+    """Two layers of 4 and 2 channels on 3: 9*3*1.5 + 25*1.5*0.5 of 9*3*4 + 25*4*2 weights."""
+    masks = [torch.tensor([1.0, 0.0, 0.5, 0.0]), torch.tensor([0.25, 0.25])]
+    loss = sparsity_loss(masks, [9, 25], [None, 0])
+    assert loss.item() == pytest.approx(59.25 / 308)
+
+
+def test_sparsity_of_a_chain():
+    masks = [torch.rand(c).requires_grad_() for c in (16, 32, 8, 64)]
+    areas = [9, 1, 49, 9]
+    loss = sparsity_loss(masks, areas, [None, 0, 1, 2], in_channels=5)
+    used = [mask.sum().item() for mask in masks]
+    expected = plain_masks.sparsity(used, [16, 32, 8, 64], areas, 5)
+    assert loss.item() == pytest.approx(expected)
+    assert sparsity_loss([torch.ones(c) for c in (16, 32)], [9, 9], [None, 0]).item() == 1
+    loss.backward()
+    # By hand, for a channel of the second layer: what it feeds and what feeds it.
+    weights = 9 * 5 * 16 + 16 * 32 + 49 * 32 * 8 + 9 * 8 * 64
+    slope = (used[0] + 49 * used[2]) / weights
+    torch.testing.assert_close(masks[1].grad, torch.full((32,), slope))
+
+
+def test_sparsity_where_two_layers_read_the_same():
+    """A shortcut's convolution: 9*3*2 + 9*2*3 + 1*2*3 of 9*3*4 + 9*4*6 + 4*6 weights."""
+    masks = [torch.full((4,), 0.5), torch.full((6,), 0.5), torch.full((6,), 0.5)]
+    assert sparsity_loss(masks, [9, 9, 1], [None, 0, 0]).item() == pytest.approx(114 / 348)

@@ -68,6 +68,12 @@ METHODS: dict[str, tuple[Any, Any, int, dict[str, Any]]] = {
     "MEMO": (MEMO, partial(convnet2, 1), 1, {"mem_size": 20}),
     "MEMO-2": (MEMO, partial(cifar_resnet, 8, in_channels=1), 1, {"exemplars_per_class": 2}),
     "DER": (DER, tiny_backbone, 0, {"mem_size": 20, "later_phases": (Phase(1), BALANCED)}),
+    "DER pruned": (
+        DER,
+        tiny_backbone,
+        0,
+        {"mem_size": 20, "later_phases": (Phase(1), BALANCED), "sparsity_weight": 0.1},
+    ),
     "PODNet": (PODNet, tiny_backbone, 3, {"mem_size": 20, "later_phases": EXEMPLARS}),
     "UCIR": (UCIR, tiny_backbone, 3, {"mem_size": 20}),
     "Replay": (Replay, tiny_backbone, 3, {"mem_size": 20}),
@@ -84,7 +90,8 @@ def make(method: str, *, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     strategy, backbone, shared_stages, own = METHODS[method]
     classifier = CLASSIFIERS.get(method, GrowingLinear)
-    model = ExpandableNetwork(backbone, shared_stages, make_classifier=classifier)
+    masked = "sparsity_weight" in own
+    model = ExpandableNetwork(backbone, shared_stages, make_classifier=classifier, masked=masked)
     defaults = {"train_mb_size": 6, "evaluator": silent()}
     return strategy(model=model, optimizer=sgd(model), **{**defaults, **own, **options})
 

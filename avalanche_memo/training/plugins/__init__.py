@@ -11,6 +11,7 @@ from avalanche_memo.training.plugins.gradient_clamp import GradientClampPlugin
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
 from avalanche_memo.training.plugins.imprinting import ImprintingPlugin
 from avalanche_memo.training.plugins.margin_ranking import MarginRankingPlugin
+from avalanche_memo.training.plugins.sparsity import SparsityPlugin
 from avalanche_memo.training.plugins.weight_alignment import WeightAlignmentPlugin
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "PODDistillationPlugin",
     "PreviousModel",
     "SoftmaxDistillationPlugin",
+    "SparsityPlugin",
     "WeightAlignmentPlugin",
 ]

@@ -1,0 +1,84 @@
+"""Masks and pruning of DER, section 3.3: the newest block's channels are kept only if they pay."""
+
+import math
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_memo.models.channel_mask import EMBEDDING_LIMIT, annealed_scale
+from avalanche_memo.training.losses import sparsity_loss
+from avalanche_memo.training.plugins.checks import check_network
+
+__all__ = ["SparsityPlugin"]
+
+
+class SparsityPlugin(SupervisedPlugin):
+    """Learn which channels of the newest block are needed, and cut the others out.
+
+    ``L = L_others + weight * L_s``. While the block learns, the masks' scale rises within each
+    epoch; in evaluation, and while the classifier learns alone, masks are 0 or 1; after the
+    experience the block is pruned accordingly. The masks' embeddings are parameters like others:
+    the optimizer's rate, momentum and weight decay hold for them, too.
+
+    :param weight: the sparsity loss's weight, lambda_s.
+    :param s_max: the masks' scale at an epoch's end.
+    :param rate: how much faster than others the embeddings learn: 1 in DER's equation, ``s_max`` in
+        HAT's.
+    :raises ValueError: if the weight is negative, ``s_max`` not above 1 or the rate not positive;
+        before training, if the model has no masks.
+    :raises TypeError: before training, if it is no expanding ``ExpandableNetwork``.
+    """
+
+    def __init__(self, weight: float, *, s_max: float = 100.0, rate: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weight: expected a number of at least 0, got {weight}")
+        if not 1 < s_max < math.inf:
+            raise ValueError(f"s_max: expected a number above 1, got {s_max}")
+        if not 0 < rate < math.inf:
+            raise ValueError(f"rate: expected a positive number, got {rate}")
+        self.weight = weight
+        self.s_max = s_max
+        self.rate = rate
+        self._layers: list[Any] = []
+
+    def before_training(self, strategy: Any, **kwargs: Any) -> None:
+        """Check the model."""
+        network = check_network(strategy.model, "SparsityPlugin", shares="not all")
+        if not network.masked:
+            raise ValueError(
+                "model: SparsityPlugin expected an ExpandableNetwork with masked=True, got False"
+            )
+
+    def before_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
+        """Set the scale of this batch."""
+        self._layers = [m for m in strategy.model.masks() if m.norm.embedding.requires_grad]
+        batch = strategy.clock.train_epoch_iterations + 1
+        scale = annealed_scale(batch, len(strategy.dataloader), self.s_max)
+        for layer in self._layers:
+            layer.norm.scale, layer.norm.rate = scale, self.rate
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Add the loss to ``strategy.loss``, unless the block is not learning."""
+        if self._layers:
+            loss = sparsity_loss(
+                [layer.norm.mask() for layer in self._layers],
+                [math.prod(layer.convolution.kernel_size) for layer in self._layers],
+                [layer.source for layer in self._layers],
+                self._layers[0].convolution.in_channels,
+            )
+            strategy.loss = strategy.loss + self.weight * loss
+
+    @torch.no_grad()
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Keep the embeddings within their limits."""
+        for layer in self._layers:
+            layer.norm.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Prune the block."""
+        self._layers = []
+        for layer in strategy.model.masks():
+            layer.norm.scale = self.s_max
+        strategy.model.prune()

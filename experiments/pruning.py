@@ -1,0 +1,203 @@
+"""What pruning leaves of a run's network, and what that saves: parameters, channels, latency.
+
+``python -m experiments.pruning RUN_FOLDER [RUN_FOLDER ...] --out DIR`` reads run folders of one
+protocol and writes ``pruning.md``, ``pruning.json`` and ``pruning.png``. Latency is measured on
+networks of the runs' structure, pruned and not in turn. Leave the machine alone meanwhile.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from avalanche_memo.budget import inference_bytes, parameter_bytes
+from avalanche_memo.models import ExpandableNetwork
+from experiments.config import Config, parse
+from experiments.figures import new_figure, save_figure
+from experiments.run import chip, make_network
+
+__all__ = ["latency", "main", "report", "survival"]
+
+BATCHES = (1, 128)
+
+
+def report(folder: Path, device: str, rounds: int) -> dict[str, Any]:
+    """Return what a run's pruning left, as plain data.
+
+    :param folder: a run folder with at least one finished experience.
+    :param device: where latency is measured.
+    :param rounds: measurements of each latency.
+    :raises ValueError: if the folder holds no run, or none with pruning.
+    """
+    for name in ("config.yaml", "results.json", "checkpoint.pt"):
+        if not (folder / name).exists():
+            raise ValueError(f"folder: expected a run folder with {name}, got {folder}")
+    config = parse(["--config", str(folder / "config.yaml")])
+    results = json.loads((folder / "results.json").read_text())
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    structure = state["state"]["model"]["_extra_state"]
+    if not structure.get("kept"):
+        raise ValueError(f"folder: expected a run with a sparsity_weight, got {folder}")
+    rows: list[dict[str, Any]] = []
+    for n in range(1, len(structure["kept"]) + 1):
+        networks = {
+            "pruned": _network(config, structure, n),
+            "unpruned": _network(replace(config, sparsity_weight=0.0), structure, n),
+        }
+        row: dict[str, Any] = {
+            "parameters": {k: parameter_bytes(v) // 4 for k, v in networks.items()},
+            "inference_bytes": {k: inference_bytes(v) for k, v in networks.items()},
+        }
+        images = torch.randn(max(BATCHES), *_image_shape(config), device=device)
+        networks = {k: v.to(device).use(config.fast).eval() for k, v in networks.items()}
+        row["latency"] = {batch: latency(networks, images[:batch], rounds) for batch in BATCHES}
+        rows.append(row)
+    return {
+        "run": folder.name,
+        "config": config.identity(),
+        "accuracy": {k: results[k]["accuracy"] for k in ("cnn", "nme") if k in results},
+        "experiences": rows,
+        "survival": survival(config, structure["kept"]),
+        "machine": f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}",
+    }
+
+
+def _network(config: Config, structure: dict[str, Any], n: int) -> ExpandableNetwork:
+    """Return an untrained network as it is after n experiences."""
+    network = make_network(config)
+    parts = ("growth", "kept") if network.masked else ("growth",)
+    network.set_extra_state({part: structure[part][:n] for part in parts})
+    return network
+
+
+def _image_shape(config: Config) -> tuple[int, int, int]:
+    sizes = {"digits": (1, 8, 8), "cifar100": (3, 32, 32)}
+    return sizes.get(config.benchmark, (3, config.image_size, config.image_size))
+
+
+@torch.no_grad()
+def latency(
+    networks: dict[str, ExpandableNetwork], images: torch.Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Return the 10th, 50th and 90th percentile of seconds per image of each network.
+
+    :param networks: measured in turn, each round.
+    :param images: the batch.
+    :param rounds: measurements of each, after two that don't count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(rounds + 2):
+        for name, network in networks.items():
+            started = time.perf_counter()
+            network(images)
+            if images.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - started) / len(images))
+    return {k: np.quantile(v[2:], [0.1, 0.5, 0.9]).tolist() for k, v in seconds.items()}
+
+
+def survival(config: Config, kept: Sequence[Sequence[Sequence[int]]]) -> dict[str, list[float]]:
+    """Return, for each layer of a block, the part of its channels that each block has kept."""
+    return {
+        layer.name: [len(block[i]) / layer.convolution.out_channels for block in kept]
+        for i, layer in enumerate(make_network(config).masks())
+    }
+
+
+def tables(reports: Sequence[dict[str, Any]]) -> str:
+    """Return the reports as Markdown tables."""
+    return "\n".join(line for each in reports for line in _lines(each))
+
+
+def _lines(each: dict[str, Any]) -> list[str]:
+    rows = each["experiences"]
+    numbers = [str(i + 1) for i in range(len(rows))]
+    lines = [f"## {each['run']}", "", "Parameters, in thousands:", ""]
+    lines += _table(["", *numbers, "sum", "mean", "final"])
+    for side in ("pruned", "unpruned"):
+        counts = [row["parameters"][side] / 1e3 for row in rows]
+        summary = [sum(counts), sum(counts) / len(counts), counts[-1]]
+        lines.append(_line([side, *(f"{count:,.1f}" for count in counts + summary)]))
+    for readout, accuracies in each["accuracy"].items():
+        values = [100 * accuracy for accuracy in accuracies[: len(rows)]]
+        cells = [f"{v:.2f}" for v in [*values, sum(values) / len(values), values[-1]]]
+        lines.append(_line([f"accuracy ({readout.upper()}), %", *cells[:-2], "", *cells[-2:]]))
+    lines += ["", "Latency per image, in ms: median (10 % to 90 %):", ""]
+    lines += _table(["batch", "", *numbers])
+    for batch in BATCHES:
+        for side in ("pruned", "unpruned"):
+            cells = []
+            for row in rows:
+                low, median, high = (1e3 * value for value in row["latency"][batch][side])
+                cells.append(f"{median:.3g} ({low:.3g} to {high:.3g})")
+            lines.append(_line([str(batch), side, *cells]))
+    lines += ["", each["machine"] + ".", "", "Channels kept by each block, in %:", ""]
+    lines += _table(["layer", *numbers])
+    for layer, parts in each["survival"].items():
+        lines.append(_line([layer, *(f"{100 * part:.0f}" for part in parts)]))
+    return [*lines, ""]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _table(head: Sequence[str]) -> list[str]:
+    return [_line(head), _line(["---"] * len(head))]
+
+
+def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw parameters and latency against the number of experiences."""
+    figure = new_figure(10.8, 3.6)
+    axes = figure.subplots(1, 1 + len(BATCHES))
+    for index, each in enumerate(reports):
+        rows = each["experiences"]
+        numbers = range(1, len(rows) + 1)
+        for side, style in (("unpruned", "--"), ("pruned", "-")):
+            look = {"linestyle": style, "color": f"C{index}", "marker": "o", "markersize": 3}
+            label = f"{each['run']}, {side}"
+            counts = [row["parameters"][side] / 1e6 for row in rows]
+            axes[0].plot(numbers, counts, label=label, **look)
+            for batch, panel in zip(BATCHES, axes[1:], strict=True):
+                low, median, high = 1e3 * np.array([row["latency"][batch][side] for row in rows]).T
+                panel.plot(numbers, median, label=label, **look)
+                panel.fill_between(numbers, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+    titles = ["parameters (millions)"]
+    titles += [f"latency per image, batches of {batch} (ms)" for batch in BATCHES]
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("experiences")
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Report on run folders."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.pruning", description=__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--rounds", type=int, default=30, help="measurements of each latency")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    try:
+        reports = [report(folder, options.device, options.rounds) for folder in options.folders]
+    except ValueError as error:
+        parser.error(str(error))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "pruning.md").write_text(tables(reports))
+    (options.out / "pruning.json").write_text(json.dumps(reports, indent=1) + "\n")
+    draw(reports, options.out / "pruning.png")
+    print(tables(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from avalanche_memo.models import ExpandableNetwork, cifar_resnet
+from experiments.config import parse
+from experiments.pruning import main, survival
+from experiments.run import make_network, run
+
+ARGUMENTS = [
+    *("--method=der", "--against=[]", "--classes=6", "--sparsity_weight=1"),
+    '--first=[{"epochs": 2}]',
+    '--later=[{"epochs": 2}, {"epochs": 1, "learns": "classifier", "data": "balanced"}]',
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "der-pruned"
+    run(parse([*ARGUMENTS, "--run_folder", str(folder)]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reported(finished, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    main([str(finished), str(finished), "--out", str(out), "--rounds", "3"])
+    return out
+
+
+def kept_of(folder: Path) -> list[list[list[int]]]:
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["state"]
+    return state["model"]["_extra_state"]["kept"]
+
+
+def test_parameters_are_those_of_the_runs_results(finished, reported):
+    results = json.loads((finished / "results.json").read_text())
+    first, second = json.loads((reported / "pruning.json").read_text())
+    assert len(first["experiences"]) == 3
+    for n, (row, memory) in enumerate(zip(first["experiences"], results["bytes"], strict=True), 1):
+        assert 4 * row["parameters"]["pruned"] == memory["parameter_bytes"]
+        assert row["inference_bytes"]["pruned"] == memory["inference_bytes"]
+        # ResNet-8 on one channel, by hand: convolutions and norms; the head grows with both.
+        conv = lambda i, o: 9 * i * o + 2 * o  # noqa: E731
+        block = conv(1, 16) + 2 * conv(16, 16)
+        block += conv(16, 32) + conv(32, 32) + conv(32, 64) + conv(64, 64)
+        head = 2 * n * 64 * n + 2 * n
+        assert row["parameters"]["unpruned"] == n * block + head
+    assert first["experiences"][0]["parameters"] == second["experiences"][0]["parameters"]
+
+
+def test_survival_is_counted_in_the_checkpoint(finished, reported):
+    (report, _) = json.loads((reported / "pruning.json").read_text())
+    kept = kept_of(finished)
+    widths = [16, 16, 16, 32, 32, 64, 64]
+    expected = [[len(block[i]) / width for block in kept] for i, width in enumerate(widths)]
+    assert list(report["survival"].values()) == expected
+    assert 0 < min(map(min, expected)) < 1
+
+
+def test_latency_is_measured_for_both_and_each_number_of_experiences(reported):
+    (report, _) = json.loads((reported / "pruning.json").read_text())
+    for row in report["experiences"]:
+        for batch in ("1", "128"):
+            assert set(row["latency"][batch]) == {"pruned", "unpruned"}
+            for low, median, high in row["latency"][batch].values():
+                assert 0 < low <= median <= high
+
+
+def test_the_table_and_the_figure(finished, reported):
+    (report, _) = json.loads((reported / "pruning.json").read_text())
+    text = (reported / "pruning.md").read_text()
+    counts = [row["parameters"]["pruned"] / 1e3 for row in report["experiences"]]
+    cells = [*counts, sum(counts), sum(counts) / 3, counts[-1]]
+    assert f"| pruned | {' | '.join(f'{c:,.1f}' for c in cells)} |" in text
+    assert text.count("## der-pruned") == 2
+    assert (reported / "pruning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_measured_network_has_the_runs_structure(finished):
+    config = parse(["--config", str(finished / "config.yaml")])
+    network = make_network(config)
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)["state"]["model"]
+    network.set_extra_state(state["_extra_state"])
+    shapes = {k: v.shape for k, v in state.items() if isinstance(v, torch.Tensor)}
+    own = {k: v.shape for k, v in network.state_dict().items() if isinstance(v, torch.Tensor)}
+    assert own == shapes
+    assert len(survival(config, network.kept)) == len(network.masks())
+
+
+def test_refuses_what_is_no_run_with_pruning(finished, tmp_path, capsys):
+    unpruned = tmp_path / "unpruned"
+    shutil.copytree(finished, unpruned)
+    content = torch.load(unpruned / "checkpoint.pt", weights_only=True)
+    content["state"]["model"]["_extra_state"].pop("kept")
+    torch.save(content, unpruned / "checkpoint.pt")
+    for folder, expected in (
+        (unpruned, "a run with a sparsity_weight"),
+        (tmp_path, "a run folder with config.yaml"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(folder), "--out", str(tmp_path / "out")])
+        assert f"folder: expected {expected}, got {folder}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_memo_is_pruned_too(tmp_path):
+    arguments = [*ARGUMENTS, "--method=memo", "--run_folder", str(tmp_path / "memo")]
+    results = run(parse(arguments))
+    kept = kept_of(tmp_path / "memo")
+    assert [len(block) for block in kept] == [2, 2, 2]
+    whole = ExpandableNetwork(lambda: cifar_resnet(8, in_channels=1), 2)
+    for i in range(3):
+        whole.grow([2 * i, 2 * i + 1])
+    parameters = sum(p.numel() for m in whole.inference_modules() for p in m.parameters())
+    assert results["bytes"][-1]["parameter_bytes"] < 4 * parameters
