@@ -1,5 +1,6 @@
 """The configuration of a run, from the command line and YAML files."""
 
+import argparse
 import difflib
 import json
 import re
@@ -13,7 +14,7 @@ import yaml
 
 from avalanche_memo.training import Compression, Phase
 
-__all__ = ["Config", "parse"]
+__all__ = ["Config", "from_options", "nearest", "parse"]
 
 _LATER_ONLY = (
     *("later", "mem_size", "exemplars_per_class", "memory_rates", "auxiliary_weight"),
@@ -188,9 +189,30 @@ class _Parser(jsonargparse.ArgumentParser):
         )
         if unknown:
             key = unknown[1].split(".")[-1]
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)
-            message += f"; the nearest known key is '{nearest[0]}'"
+            message += f"; the nearest known key is '{nearest(key, known)}'"
+        value = re.search(r"Literal\[(.*)\]\. Got value: (\w+)", message)
+        if value:
+            allowed = re.findall(r"\w+", value[1])
+            message += f"; the nearest is '{nearest(value[2], allowed)}'"
         super().error(message, ex)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the known name that is most like another."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
+def from_options(options: dict[str, Any]) -> Config:
+    """Return the configuration of plain data, as in a YAML file.
+
+    :raises ValueError: if an option is unknown or a value outside its range.
+    """
+    parser = _Parser(exit_on_error=False)
+    parser.add_class_arguments(Config, as_group=False)
+    try:
+        return _config(parser, parser.parse_object(options))
+    except argparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def parse(arguments: Sequence[str] | None = None) -> Config:
@@ -210,6 +232,10 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
                 f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
             )
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
+    return _config(parser, namespace)
+
+
+def _config(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:
     try:
         values = parser.instantiate_classes(namespace).as_dict()
     except ValueError as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.logging import TensorboardLogger
+from avalanche.logging import BaseLogger, TensorboardLogger
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
@@ -66,7 +66,16 @@ from experiments.figures import accuracy_figure, accuracy_table
 from experiments.kept_models import KeptModels
 from experiments.progress import ProgressBar
 
-__all__ = ["chip", "main", "make_benchmark", "make_network", "run"]
+__all__ = [
+    "check",
+    "check_folder",
+    "chip",
+    "finished",
+    "main",
+    "make_benchmark",
+    "make_network",
+    "run",
+]
 
 _FIRST_EXPERIENCE = "first_experience.pt"
 
@@ -82,10 +91,21 @@ def run(config: Config) -> dict[str, Any]:
     folder = config.folder
     with _locked(folder):
         _claim(folder, config)
-        finished = _finished(folder)
-        if finished is not None:
-            return finished
-        return _train(config, folder)
+        return finished(folder) or _train(config, folder)
+
+
+def check(config: Config) -> None:
+    """Build all that a run needs and train nothing.
+
+    :raises ValueError: if a run of the configuration would stop before its first step.
+    """
+    train = make_benchmark(config).train_stream
+    rates, nowhere = _memory_rates(config, train), Checkpoint("checkpoint.pt")
+    config = replace(config, device="cpu")
+    strategy, _ = _strategy(config, rates, nowhere, [], BaseLogger())
+    strategy.experience = train[0]
+    for plugin in strategy.plugins:  # The memory compares its size with the stream.
+        plugin.before_train_dataset_adaptation(strategy)
 
 
 def _train(config: Config, folder: Path) -> dict[str, Any]:
@@ -124,7 +144,7 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     def publish() -> dict[str, Any]:
         rows = checkpoint.extra["rows"]
         results = _results(config, strategy, accuracy, rows) | {"experiences": len(train)}
-        _write(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        _write(folder / "results.json", _compact(results))
         accuracy_figure([results], folder / "accuracy.png")
         return results
 
@@ -294,7 +314,7 @@ def _strategy(
     rates: MemoryRates | None,
     checkpoint: Checkpoint,
     plugins: list[Any],
-    logger: TensorboardLogger,
+    logger: BaseLogger,
 ) -> tuple[Any, ClassIncrementalAccuracy]:
     network = make_network(config)
     accuracy = ClassIncrementalAccuracy()
@@ -382,7 +402,11 @@ def _row(strategy: Any) -> dict[str, Any]:
 def _results(
     config: Config, strategy: Any, accuracy: ClassIncrementalAccuracy, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the contents of results.json: accuracies are fractions, times stand under seconds."""
+    """Return the contents of results.json.
+
+    Accuracies are fractions, times stand under seconds. A confusion matrix counts the test samples
+    after the last experience by class (row) and predicted class, in order of appearance.
+    """
     readouts = {}
     for readout in ("cnn", "nme"):
         overall = accuracy.overall_accuracies(readout)
@@ -395,6 +419,7 @@ def _results(
             "top5": _plain(accuracy.overall_accuracies(readout, top=5)),
             "matrix": _plain(accuracy.accuracy_matrix(readout)),
             "groups_of_ten": _plain(accuracy.group_accuracies(readout)),
+            "confusion": accuracy.confusion_matrix(readout),
             "forgetting_rate": [row[f"ForgettingRate_{readout.upper()}"] for row in rows],
         }
     return {
@@ -442,11 +467,21 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _claim(folder: Path, config: Config) -> None:
     """Write the configuration into a new folder, or compare it with the one that is there."""
+    check_folder(config)
     path = folder / "config.yaml"
     if not path.exists():
         unfinished = folder / "config.yaml.part"
         config.save(unfinished)
         os.replace(unfinished, path)
+
+
+def check_folder(config: Config) -> None:
+    """Compare a configuration with the one in its folder, if any.
+
+    :raises ValueError: if they differ.
+    """
+    folder, path = config.folder, config.folder / "config.yaml"
+    if not path.exists():
         return
     _refuse_other(
         "run_folder", folder, parse(["--config", str(path)]).identity(), config.identity()
@@ -464,10 +499,18 @@ def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str
         )
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path) -> dict[str, Any] | None:
+    """Return the results of a run folder, or None unless the run has come to its end."""
     path = folder / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return results if results and len(results["classes"]) == results["experiences"] else None
+
+
+def _compact(results: dict[str, Any]) -> str:
+    """Return JSON with a line for each key and for each row of a matrix."""
+    text = json.dumps(results, indent=1, allow_nan=False)
+    # Within strings there are no line breaks.
+    return re.sub(r"\[[^][{}]*\]", lambda row: re.sub(r"\n *", " ", row[0]), text) + "\n"
 
 
 def _write(path: Path, text: str) -> None:

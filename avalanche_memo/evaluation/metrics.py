@@ -51,6 +51,8 @@ _ClassMeans = tuple[Sequence[int], Tensor]
 _Counts = dict[str, dict[int, int]]
 # Id of an evaluated experience -> its counts.
 _Row = dict[int, _Counts]
+# Readout -> class id -> predicted class id -> number of samples, where there are any.
+_Confusions = dict[Readout, dict[int, dict[int, int]]]
 
 
 @runtime_checkable
@@ -96,7 +98,7 @@ class ClassIncrementalAccuracy(PluginMetric):
     The history has a row for each number of experiences trained. A later evaluation overwrites,
     in the present row, the experiences that it evaluates: one in the midst of an experience is
     thus replaced by the one at its end. Each stream has its own history. An experience cut into
-    online sub-experiences counts once.
+    online sub-experiences counts once. Which class was taken for which is kept for the last row.
     """
 
     _last: dict[str, float]
@@ -111,7 +113,9 @@ class ClassIncrementalAccuracy(PluginMetric):
         self._trained = 0
         self._seen: list[int] = []
         self._history: dict[str, dict[int, _Row]] = {}
+        self._confusions: dict[str, dict[int, _Confusions]] = {}
         self._evaluated: dict[str, _Row] = {}
+        self._confused: dict[str, dict[int, _Confusions]] = {}
         self._counter = None
         self._last = {}
 
@@ -173,12 +177,29 @@ class ClassIncrementalAccuracy(PluginMetric):
         sums = [_sums(row.values(), what) for row in self._rows(stream)]
         return [[_ratio(row, group) for group in groups] for row in sums]
 
+    def confusion_matrix(
+        self, readout: Readout = "cnn", *, stream: str = "test"
+    ) -> list[list[int]]:
+        """Return the last row's samples ``[C, C]``, by class and by predicted class.
+
+        Classes are those seen, in order of appearance. All 0 where the readout was not measured.
+        """
+        _quantity(readout, 1)
+        place = {c: i for i, c in enumerate(self._seen)}
+        matrix = [[0] * len(place) for _ in place]
+        for confusions in self._confusions.get(stream, {}).values():
+            for c, predicted in confusions.get(readout, {}).items():
+                for other, samples in predicted.items():
+                    matrix[place[c]][place[other]] += samples
+        return matrix
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as dicts and lists of strings and ints."""
         return {
             "trained": self._trained,
             "classes": list(self._seen),
             "history": deepcopy(self._history),
+            "confusions": deepcopy(self._confusions),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -186,13 +207,14 @@ class ClassIncrementalAccuracy(PluginMetric):
 
         :raises ValueError: if a key is missing or unknown.
         """
-        expected = {"trained", "classes", "history"}
+        expected = {"trained", "classes", "history", "confusions"}
         if set(state) != expected:
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
         self.reset()
         self._trained = state["trained"]
         self._seen = list(state["classes"])
         self._history = deepcopy(state["history"])
+        self._confusions = deepcopy(state["confusions"])
 
     # Avalanche's callbacks.
 
@@ -213,6 +235,7 @@ class ClassIncrementalAccuracy(PluginMetric):
             self._seen = [int(c) for c in classes]
         self._last = {}
         self._evaluated = {}
+        self._confused = {}
         self._counter = None
         if self._seen:
             self._counter = _Counter(self._seen, _class_means(strategy), strategy.device)
@@ -231,11 +254,12 @@ class ClassIncrementalAccuracy(PluginMetric):
     def after_eval_exp(self, strategy: Any) -> list[MetricValue]:
         """Read the counts back and emit the experience's accuracies."""
         counts = self._counter.read() if self._counter is not None else {}
-        if not counts:
+        if self._counter is None or not counts:
             return []
         experience = strategy.experience
-        row = self._evaluated.setdefault(experience.origin_stream.name, {})
-        row[experience.current_experience] = counts
+        stream, number = experience.origin_stream.name, experience.current_experience
+        self._evaluated.setdefault(stream, {})[number] = counts
+        self._confused.setdefault(stream, {})[number] = self._counter.read_confusions()
         values = {
             f"Top1_Acc_{readout.upper()}_Exp": _ratio(_sums([counts], _quantity(readout, 1)))
             for readout in _READOUTS
@@ -252,7 +276,11 @@ class ClassIncrementalAccuracy(PluginMetric):
         """Write the history and emit what concerns whole streams."""
         values: dict[str, float] = {}
         for stream, row in self._evaluated.items():
-            self._history.setdefault(stream, {}).setdefault(self._trained, {}).update(row)
+            history = self._history.setdefault(stream, {})
+            if self._trained not in history:  # One for each row would swell the checkpoints.
+                self._confusions[stream] = {}
+            history.setdefault(self._trained, {}).update(row)
+            self._confusions[stream].update(self._confused[stream])
             for readout in _READOUTS:
                 values.update(self._stream_values(stream, row, readout))
         self._counter = None  # Its tensors have no place in a pickled strategy.
@@ -414,12 +442,12 @@ class _Counter:
     def start(self) -> None:
         """Count from zero."""
         self.counts: dict[str, Tensor] = {}
+        self.confusions: dict[Readout, Tensor] = {}
 
     def update(self, logits: Tensor, targets: Tensor, features: Any) -> None:
         """Count a batch: logits ``[B, width]``, targets ``[B]``, features ``[B, D]`` if any."""
         columns = self.classes[: bisect_left(self.seen, logits.shape[1])]
-        hits = {"samples": torch.ones_like(targets)}
-        hits |= self._hits("cnn", logits[:, columns], columns, targets)
+        best: dict[Readout, Tensor] = {"cnn": self._best(logits[:, columns], columns)}
         if self.means is not None:
             if isinstance(features, Tensor) and features.shape == (
                 len(targets),
@@ -432,24 +460,33 @@ class _Counter:
                     self.means,
                     compute_mode="donot_use_mm_for_euclid_dist",
                 )
-                hits |= self._hits("nme", -distances, self.mean_classes, targets)
+                best["nme"] = self._best(-distances, self.mean_classes)
             else:  # An accuracy over a part of the samples would be none: no NME from here on.
                 self.means = None
                 self.counts = {k: v for k, v in self.counts.items() if not k.startswith("nme")}
+                self.confusions.pop("nme", None)
         slots = self.slots[targets.clamp(max=len(self.slots) - 1)]
+        ones = torch.ones_like(slots)
+        hits = {"samples": ones}
+        width = len(self.seen) + 1
+        for readout, classes in best.items():
+            right = classes == targets[:, None]
+            hits |= {_quantity(readout, top): right[:, :top].any(dim=1) for top in self.tops}
+            if readout not in self.confusions:
+                self.confusions[readout] = slots.new_zeros(width * width)
+            # No class is the best where no seen class has a column.
+            for first in classes[:, :1].unbind(dim=1):
+                self.confusions[readout].index_add_(0, slots * width + self.slots[first], ones)
         for name, hit in hits.items():
             if name not in self.counts:
-                self.counts[name] = slots.new_zeros(len(self.seen) + 1)
+                self.counts[name] = slots.new_zeros(width)
             self.counts[name].index_add_(0, slots, hit.long())
 
-    def _hits(
-        self, readout: Readout, scores: Tensor, classes: Tensor, targets: Tensor
-    ) -> dict[str, Tensor]:
-        """Return which samples ``[B]`` have their class among the best ``scores`` ``[B, C]``."""
+    def _best(self, scores: Tensor, classes: Tensor) -> Tensor:
+        """Return each sample's classes of the best ``scores`` ``[B, C]``, best first."""
         # Stable: of equal scores, frequent in bfloat16, the first wins on every device.
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.tops[-1]]
-        right = classes[order] == targets[:, None]
-        return {_quantity(readout, top): right[:, :top].any(dim=1) for top in self.tops}
+        return classes[order]
 
     def read(self) -> _Counts:
         """Return the counts of the classes that had samples; empty if there were none."""
@@ -461,6 +498,18 @@ class _Counter:
             for name, row in zip(self.counts, rows, strict=True)
         }
         return counts if counts["samples"] else {}
+
+    def read_confusions(self) -> _Confusions:
+        """Return which class was taken for which, and how often."""
+        confusions: _Confusions = {}
+        for readout, samples in self.confusions.items():
+            rows = samples.view(len(self.seen) + 1, -1).tolist()
+            confusions[readout] = {
+                c: {other: n for other, n in zip(self.seen, row, strict=False) if n}
+                for c, row in zip(self.seen, rows, strict=False)
+                if any(row)
+            }
+        return confusions
 
 
 def _class_means(strategy: Any) -> _ClassMeans | None:

@@ -142,15 +142,20 @@ def evaluate(strategy, experiences):
     return strategy.evaluator.get_last_metrics()
 
 
-def expected_values(samples, seen, means, api, past):
-    """Return names and values by the reference; ``past`` collects overall and per class."""
-    values = {}
-    rankings = {
+def rankings_of(samples, seen, means):
+    """Return each readout's classes for each sample, best first."""
+    return {
         "CNN": [reference.cnn_ranking(logits, seen) for _, _, logits, _ in samples],
         "NME": [
             reference.nme_ranking(f, means.classes, means.class_means(None)[1]) for *_, f in samples
         ],
     }
+
+
+def expected_values(samples, seen, means, api, past):
+    """Return names and values by the reference; ``past`` collects overall and per class."""
+    values = {}
+    rankings = rankings_of(samples, seen, means)
     experiences, targets = [s[0] for s in samples], [s[1] for s in samples]
     end = "/eval_phase/test_stream"
     for label, ranking in rankings.items():
@@ -194,6 +199,10 @@ def test_every_value_equals_the_reference(api):
         assert emitted == pytest.approx(expected)
         assert all(type(value) is float for value in emitted.values())
         assert metric.result() == emitted
+        for label, ranking in rankings_of(recorder.samples, ORDER[: 3 * trained], means).items():
+            assert metric.confusion_matrix(label.lower()) == reference.confusion_matrix(
+                ranking, [s[1] for s in recorder.samples], ORDER[: 3 * trained]
+            )
     # Not trivially: the readouts differ, and something was forgotten.
     assert len(set(past["CNN"][0]) | set(past["NME"][0])) > 4
     assert emitted["ForgettingRate_CNN/eval_phase/test_stream"] > 0
@@ -330,6 +339,7 @@ def test_resumes_from_plain_data(tmp_path):
             strategy.evaluator.metrics.append(resumed)
     assert resumed.state_dict() == metric.state_dict()
     assert resumed.result() == metric.result()
+    assert resumed.confusion_matrix("nme") == metric.confusion_matrix("nme")
     assert len(resumed.overall_accuracies("nme")) == 4
     state = resumed.state_dict()
     metric.reset()
@@ -388,6 +398,10 @@ def test_of_equal_logits_the_lowest_class_id_wins(dtype):
 def test_a_class_without_a_column_cannot_be_right():
     metric = by_hand(torch.zeros(2, 3), [1, 5], classes=[1, 5])
     assert metric.class_accuracies() == [{1: 1.0, 5: 0.0}]
+    assert metric.confusion_matrix() == [[1, 0], [1, 0]]
+    metric = by_hand(torch.zeros(2, 1), [1, 5], classes=[1, 5])
+    assert metric.class_accuracies() == [{1: 0.0, 5: 0.0}]
+    assert metric.confusion_matrix() == [[0, 0], [0, 0]]
 
 
 def test_nearest_mean_by_hand():
@@ -398,13 +412,16 @@ def test_nearest_mean_by_hand():
     )
     # Class 5, as near as class 8, has not been seen; class 6 has no mean yet.
     assert metric.class_accuracies("nme") == [{3: 1.0, 8: 1.0, 6: 0.0}]
+    # Rows and columns in order of appearance: 8, 6, 3.
+    assert metric.confusion_matrix("nme") == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
 
 
 @pytest.mark.parametrize("read", ["accuracy_matrix", "overall_accuracies", "class_accuracies"])
 def test_errors_name_the_argument(read):
     metric = ClassIncrementalAccuracy()
-    with pytest.raises(ValueError, match=r"readout: expected one of .* got 'ncm'"):
-        getattr(metric, read)("ncm")
+    for method in (read, "confusion_matrix"):
+        with pytest.raises(ValueError, match=r"readout: expected one of .* got 'ncm'"):
+            getattr(metric, method)("ncm")
     with pytest.raises(ValueError, match="top: expected 1 or 5, got 3"):
         getattr(metric, read)(top=3)
 

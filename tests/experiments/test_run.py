@@ -58,6 +58,12 @@ def test_a_run_folder_holds_what_a_user_reads(finished):
         assert np.array_equal(np.isnan(matrix), np.triu(np.ones((3, 3), bool), 1))
         assert results[readout]["average"] == pytest.approx(np.mean(results[readout]["accuracy"]))
         assert results[readout]["last"] == results[readout]["accuracy"][-1] > 0.5
+        confusion = np.array(results[readout]["confusion"])
+        assert np.trace(confusion) / confusion.sum() == pytest.approx(results[readout]["last"])
+        # Two classes of each experience, in order of appearance.
+        samples = [len(e.dataset) for e in split_digits(increment=2, classes=6).test_stream]
+        assert confusion.sum(axis=1).reshape(3, 2).sum(axis=1).tolist() == samples
+    assert (finished / "results.json").read_text().count("\n") < 200
     assert (finished / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert parse(["--config", str(finished / "config.yaml")]).identity() == results["config"]
 

@@ -22,6 +22,17 @@ def accuracy(rankings, targets, seen, top=1):
     return float(np.mean(right)) if right else float("nan")
 
 
+def confusion_matrix(rankings, targets, seen):
+    """Return how many samples of a seen class (row) have a seen class (column) ranked first."""
+    return [
+        [
+            sum(t == row and ranking[0] == c for ranking, t in zip(rankings, targets, strict=True))
+            for c in seen
+        ]
+        for row in seen
+    ]
+
+
 def forgetting(history):
     """Return the mean fall of a class below its best, from accuracies per class over time."""
     present = history[-1]

@@ -1,0 +1,345 @@
+"""Finished runs side by side: which may be compared, and what distinguishes them."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from avalanche_memo.evaluation import area_under_budget
+from avalanche_memo.training import Phase
+from experiments.config import Config
+from experiments.figures import METHOD_NAMES
+from experiments.run import finished
+
+__all__ = [
+    "PROTOCOL",
+    "Group",
+    "Spread",
+    "areas",
+    "budgets",
+    "check_distinct",
+    "check_protocol",
+    "curves",
+    "group",
+    "read",
+    "settings",
+]
+
+PROTOCOL = (
+    *("benchmark", "base", "increment", "classes", "samples_per_class", "image_size"),
+    *("class_order_seed", "batch_size", "momentum", "first", "later"),
+)
+"""Options that runs must share. Of the phases, those count in which the whole network learns: a
+phase for the classifier alone is a part of a method."""
+
+_POINT = ("backbone", "mem_size", "exemplars_per_class")  # Where a run stands on its curve.
+_MEGABYTE = 2**20
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds; none where there is one seed."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of at least one value."""
+        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+    def text(self, decimals: int, sign: str = "±") -> str:
+        """Return "mean ± deviation", or the mean."""
+        if self.deviation is None:
+            return f"{self.mean:.{decimals}f}"
+        return f"{self.mean:.{decimals}f} {sign} {self.deviation:.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one method at one point that differ in their seeds.
+
+    :param method: the method's name, and the options by which it differs from other runs of it.
+    :param backbone: its backbone.
+    :param memory: its exemplars, in words.
+    :param seeds: of each run, the values of the options averaged over; ascending.
+    :param results: of each run, the contents of results.json.
+    """
+
+    method: str
+    backbone: str
+    memory: str
+    seeds: tuple[Any, ...]
+    results: tuple[dict[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """What tells the group from others."""
+        return f"{self.method}, {self.backbone}, {self.memory}"
+
+    @property
+    def readouts(self) -> list[str]:
+        """The readouts that every run has: ``cnn``, ``nme``."""
+        return [r for r in ("cnn", "nme") if all(r in result for result in self.results)]
+
+    @property
+    def seen(self) -> list[int]:
+        """Classes seen after each experience."""
+        sizes = [len(classes) for classes in self.results[0]["classes"]]
+        return [sum(sizes[: i + 1]) for i in range(len(sizes))]
+
+    def percent(self, readout: str, name: str) -> Spread:
+        """Return the average or last accuracy, or the last forgetting rate."""
+        values = [result[readout][name] for result in self.results]
+        return Spread.of([100 * (v[-1] if isinstance(v, list) else v) for v in values])
+
+    def accuracies(self, readout: str) -> list[Spread]:
+        """Return the accuracy after each experience, in percent."""
+        runs = [result[readout]["accuracy"] for result in self.results]
+        return [Spread.of([100 * value for value in step]) for step in zip(*runs, strict=True)]
+
+    def megabytes(self, *kinds: str) -> float:
+        """Return the memory after the last experience, in MB: of parameters, of exemplars."""
+        sizes = [r["bytes"][-1][f"{kind}_bytes"] or 0 for r in self.results for kind in kinds]
+        return sum(sizes) / len(self.results) / _MEGABYTE
+
+    @property
+    def total_megabytes(self) -> float:
+        """Parameters and exemplars after the last experience."""
+        return self.megabytes("parameter", "exemplar")
+
+    @property
+    def seconds(self) -> Spread:
+        """Seconds of training and evaluation."""
+        return Spread.of([sum(map(sum, result["seconds"].values())) for result in self.results])
+
+
+def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the results of the run folders given or found below the folders given.
+
+    :return: results by folder, and a line for each run that is left out as unfinished.
+    :raises ValueError: if a folder holds no run, or no run is finished.
+    """
+    runs, left_out = {}, []
+    for folder in folders:
+        found = sorted({path.parent for path in folder.rglob("config.yaml")})
+        if not found:
+            raise ValueError(f"{folder}: expected a run folder or a folder of some, got no run")
+        for path in found:
+            results = finished(path)
+            if results is None:
+                left_out.append(f"{path}: left out, not finished")
+            else:
+                # Options, of runs and phases, that came later had their defaults then.
+                options = asdict(Config()) | results["config"]
+                for name in ("first", "later"):
+                    options[name] = [asdict(Phase(**phase)) for phase in options[name]]
+                runs[str(path)] = results | {"config": _plain(options)}
+    if not runs:
+        raise ValueError(f"expected a finished run, got {len(left_out)} unfinished")
+    return runs, left_out
+
+
+def check_protocol(
+    configs: Mapping[str, Mapping[str, Any]],
+    allow: Sequence[str] = (),
+    average: Sequence[str] = ("seed",),
+) -> None:
+    """Check that runs may be compared.
+
+    :param configs: configurations by the run's name.
+    :param allow: options of :data:`PROTOCOL` that may differ.
+    :param average: options averaged over, which may differ, too.
+    :raises ValueError: if runs are of different protocols.
+    """
+    for name, known in (("allow", PROTOCOL), ("average", (*PROTOCOL, "seed"))):
+        for option in {"allow": allow, "average": average}[name]:
+            if option not in known:
+                raise ValueError(f"{name}: expected some of {', '.join(known)}, got {option}")
+    protocols = {run: _protocol(config) for run, config in configs.items()}
+    differing = []
+    for name in (name for name in PROTOCOL if name not in (*allow, *average)):
+        values = defaultdict(list)
+        for run, protocol in protocols.items():
+            values[_text(protocol[name])].append(run)
+        if len(values) > 1:
+            found = "; ".join(f"{value} in {_few(names)}" for value, names in values.items())
+            differing.append(f"\n  {name}: {found}")
+    if differing:
+        raise ValueError(
+            f"expected runs of one protocol, got differences:{''.join(differing)}\nName an option "
+            "under 'allow' to compare them all the same, under 'average' to average over it."
+        )
+
+
+def check_distinct(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that no run occurs twice.
+
+    :raises ValueError: if one does.
+    """
+    first: dict[str, str] = {}
+    for run, config in configs.items():
+        other = first.setdefault(json.dumps(_resolved(config) | {"device": None}), run)
+        if other != run:
+            raise ValueError(f"expected different runs, got the same in {other} and {run}")
+
+
+def group(runs: Mapping[str, Mapping[str, Any]], average: Sequence[str] = ("seed",)) -> list[Group]:
+    """Put together the runs that differ in nothing but the options averaged over.
+
+    :param runs: results by the run's name, as :func:`read` returns them.
+    :param average: names of options.
+    :return: groups by method, and by memory within a method.
+    """
+    methods = list(METHOD_NAMES)
+    configs = [_resolved(result["config"]) for result in runs.values()]
+    varying = {
+        method: [
+            name
+            for name in configs[0]
+            if name not in (*average, *_POINT, "device")
+            and len({_text(c[name]) for c in configs if c["method"] == method}) > 1
+        ]
+        for method in methods
+    }
+    members: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+    for config, result in zip(configs, runs.values(), strict=True):
+        method = config["method"]
+        options = [f"{name} {_text(config[name])}" for name in varying[method]]
+        label = ", ".join([METHOD_NAMES[method], *options])
+        point = [_text(config[name]) for name in _POINT]
+        key = (methods.index(method), label, config["backbone"], _memory(config, result), *point)
+        members[key].append((tuple(config[name] for name in average), result))
+    groups = []
+    for (method, *names), own in members.items():
+        seeds, results = zip(*sorted(own, key=lambda run: run[0]), strict=True)
+        groups.append((method, Group(*names[:3], seeds, results)))
+    groups.sort(key=lambda pair: (pair[0], pair[1].method, pair[1].total_megabytes))
+    return [own for _, own in groups]
+
+
+def curves(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Return the groups that make one curve over memory, by the curve's name.
+
+    A method whose backbones each come with one memory, as budgets are aligned, makes one curve
+    through all of them. Otherwise each backbone has its own.
+    """
+    found: dict[str, list[Group]] = defaultdict(list)
+    for own in groups:
+        points = [g for g in groups if g.method == own.method]
+        backbones = {g.backbone for g in points}
+        apart = 1 < len(backbones) < len(points)
+        found[f"{own.method}, {own.backbone}" if apart else own.method].append(own)
+    return found
+
+
+def budgets(found: Mapping[str, Sequence[Group]]) -> list[list[Group]]:
+    """Return the groups of each budget, of which there are as many as the longest curve has points.
+
+    The points of a curve as long as that belong to them in their order; those of a shorter one to
+    the budget that their memory is nearest to, by ratio.
+    """
+    longest = max(found.values(), key=len)
+    members: list[list[Group]] = [[] for _ in longest]
+    for points in found.values():
+        for place, own in enumerate(points):
+            if len(points) < len(longest):
+                ratios = [own.total_megabytes / mark.total_megabytes for mark in longest]
+                ratios = [max(ratio, 1 / ratio) for ratio in ratios]
+                place = ratios.index(min(ratios))
+            members[place].append(own)
+    return members
+
+
+def areas(points: Sequence[Group], readout: str, name: str) -> Spread | None:
+    """Return the area under accuracy over memory.
+
+    :param points: a curve, by rising memory.
+    :param readout: ``cnn`` or ``nme``.
+    :param name: ``average`` for AUC-A, ``last`` for AUC-L.
+    :return: over the seeds, where all points have the same, else of the mean accuracies. None where
+        the points are fewer than two, or two have the same memory.
+    """
+    megabytes = [point.total_megabytes for point in points]
+    if len(set(megabytes)) < max(2, len(points)):
+        return None
+    accuracies = [[result[readout][name] for result in point.results] for point in points]
+    if any(point.seeds != points[0].seeds for point in points):
+        accuracies = [[statistics.fmean(values)] for values in accuracies]
+    return Spread.of([area_under_budget(megabytes, run) for run in zip(*accuracies, strict=True)])
+
+
+def settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """Return options that depart from their defaults in any run: values, and methods with each."""
+    default = _resolved(_plain(asdict(Config())))
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in (name for name in default if name != "method"):
+        values: dict[str, list[str]] = defaultdict(list)
+        for run in runs.values():
+            config = _resolved(run["config"])
+            methods = values[_text(config[name])]
+            if (method := METHOD_NAMES[config["method"]]) not in methods:
+                methods.append(method)
+        if list(values) != [_text(default[name])]:
+            found[name] = dict(values)
+    return found
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options as JSON holds them."""
+    return dict(json.loads(json.dumps(options)))
+
+
+def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two runs the same, with the rates that phases without their own take."""
+    options = dict(config)
+    rates = {name: options.pop(name) for name in ("lr", "weight_decay")}
+    for when in ("first", "later"):
+        options[when] = [
+            phase | {name: rate for name, rate in rates.items() if phase[name] is None}
+            for phase in config[when]
+        ]
+    for name in ("run_folder", "against", "data_root"):
+        options.pop(name, None)
+    return options
+
+
+def _protocol(config: Mapping[str, Any]) -> dict[str, Any]:
+    options = _resolved(config)
+    for when in ("first", "later"):
+        options[when] = [phase for phase in options[when] if phase["learns"] == "all"]
+    return options
+
+
+def _memory(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    if not result["bytes"][-1]["exemplar_bytes"]:
+        return "no exemplars"
+    if config["exemplars_per_class"] is not None:
+        return f"{config['exemplars_per_class']} exemplars per class"
+    return f"{config['mem_size']} exemplars"
+
+
+def _text(value: Any) -> str:
+    """Return a value of an option in words; different values have different words."""
+    if value is None:
+        return "none"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return " + ".join(map(_phase, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _phase(phase: Mapping[str, Any]) -> str:
+    default = json.loads(json.dumps(asdict(Phase(1))))
+    changed = [
+        f"{name} {_text(value)}"
+        for name, value in phase.items()
+        if name != "epochs" and value != default[name]
+    ]
+    return f"{phase['epochs']} epochs" + (f" ({', '.join(changed)})" if changed else "")
+
+
+def _few(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,429 @@
+import base64
+import csv
+import json
+import re
+import shutil
+import statistics
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from avalanche_memo.training import Phase
+from experiments.comparison import (
+    Spread,
+    areas,
+    budgets,
+    check_distinct,
+    check_protocol,
+    curves,
+    group,
+    read,
+    settings,
+)
+from experiments.config import Config
+from experiments.figures import (
+    _styles,
+    accuracy_curves,
+    confusion_matrices,
+    memory_bars,
+    memory_curves,
+)
+from experiments.report import main, report
+
+MEGABYTE = 2**20
+PLAIN = Config(against=[], increment=1, classes=2)
+CLASSIFIER = Phase(3, learns="classifier", data="balanced")
+
+
+def make_run(folder: Path, config=PLAIN, *, last=0.5, model=MEGABYTE, exemplars=MEGABYTE, **change):
+    """Write a finished run of two experiences of a class each: accuracy 1.0, then ``last``."""
+    right = round(10 * last)
+    readout = {
+        "accuracy": [1.0, last],
+        "average": (1 + last) / 2,
+        "last": last,
+        "forgetting_rate": [0.0, 1 - last],
+        "confusion": [[right, 10 - right], [10 - right, right]],
+    }
+    sizes = {"parameter_bytes": model, "exemplar_bytes": exemplars}
+    results = {
+        "config": config.identity(),
+        "cnn": readout,
+        "classes": [[0], [1]],
+        "bytes": [sizes, sizes],
+        "environment": {"device": "a CPU", "threads": 1, "torch": "2"},
+        "seconds": {"train": [1.0, 2.0], "eval": [0.5, 0.5]},
+        "experiences": 2,
+    }
+    folder.mkdir(parents=True)
+    config.save(folder / "config.yaml")
+    (folder / "results.json").write_text(json.dumps(results | change))
+    return folder
+
+
+def groups_of(folder):
+    return group(read([folder])[0])
+
+
+@pytest.fixture
+def two_seeds(tmp_path):
+    for seed, last in ((1, 0.5), (2, 0.8)):
+        make_run(tmp_path / "runs" / f"{seed}", replace(PLAIN, seed=seed), last=last)
+    return tmp_path / "runs"
+
+
+def test_runs_that_differ_in_the_seed_are_one_group(two_seeds):
+    [own] = groups_of(two_seeds)
+    assert own.name == "MEMO, resnet8, 200 exemplars"
+    assert own.seeds == ((1,), (2,))
+    # 50 and 80: the mean 65, deviations of 15 each, so a sample variance of 450.
+    assert own.percent("cnn", "last") == pytest.approx((65, 450**0.5))
+    assert own.percent("cnn", "average") == pytest.approx((82.5, 112.5**0.5))
+    assert own.percent("cnn", "forgetting_rate") == pytest.approx((35, 450**0.5))
+    assert own.accuracies("cnn") == [(100, 0), pytest.approx((65, 450**0.5))]
+    assert own.seconds == (4, 0)
+    assert own.total_megabytes == 2
+    assert own.readouts == ["cnn"]
+
+
+def test_one_run_has_no_deviation():
+    assert Spread.of([2.0]) == (2, None)
+    assert Spread.of([2.0]).text(1) == "2.0"
+    assert Spread.of([1.0, 3.0]).text(2) == "2.00 ± 1.41"
+
+
+def test_labels_say_what_distinguishes_runs_of_a_method_and_nothing_else(tmp_path):
+    podnet = replace(PLAIN, method="podnet", later=[*PLAIN.later, CLASSIFIER])
+    for name, config in {
+        "a": replace(PLAIN, fast=False, device="cpu"),
+        "b": podnet,
+        "c": replace(podnet, flat_distillation="kd", attention="cbam", memory_rates=[0.5, 0.5]),
+        "d": replace(podnet, later=[*PLAIN.later, replace(CLASSIFIER, epochs=4)], device="cpu"),
+        "e": replace(PLAIN, method="replay", exemplars_per_class=20),
+        "f": replace(PLAIN, method="finetune"),
+    }.items():
+        make_run(tmp_path / name, config, exemplars=None if name == "f" else 10)
+    found = [own.name for own in groups_of(tmp_path)]
+    assert found[0] == "MEMO, resnet8, 200 exemplars"
+    assert found[4:] == [
+        "Replay, resnet8, 20 exemplars per class",
+        "Finetune, resnet8, no exemplars",
+    ]
+    assert all(name.startswith("PODNet, attention ") for name in found[1:4])
+    assert "attention cbam, memory_rates [0.5, 0.5], flat_distillation kd, later 8" in found[1]
+    assert "attention none, memory_rates none, flat_distillation pod, later 8" in found[2]
+    assert {re.search(r"\+ (\d) epochs", name)[1] for name in found[2:4]} == {"3", "4"}
+
+
+def test_options_that_a_run_is_too_old_for_had_their_defaults(tmp_path):
+    old = make_run(tmp_path / "old", replace(PLAIN, seed=1))
+    make_run(tmp_path / "new", replace(PLAIN, seed=2))
+    results = json.loads((old / "results.json").read_text())
+    del results["config"]["attention"], results["config"]["first"][0]["temperature"]
+    (old / "results.json").write_text(json.dumps(results))
+    assert len(groups_of(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"increment": 2}, "increment: 1 in .*/a; 2 in .*/b"),
+        ({"class_order_seed": 7}, "class_order_seed: 1993 in .*/a; 7 in .*/b"),
+        ({"samples_per_class": 5}, "samples_per_class: none in .*/a; 5 in .*/b"),
+        ({"first": [Phase(9)]}, r"first: 8 epochs \(.*milestones \[5, 7\]\) in .*/a; 9 epochs"),
+        ({"lr": 0.2}, "first: .*lr 0.1.* in .*/a; .*lr 0.2.* in .*/b"),
+    ],
+)
+def test_runs_of_different_protocols_are_refused(tmp_path, capsys, change, differs):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", replace(PLAIN, method="replay", **change))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert re.search(differs, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+    configs = {name: run["config"] for name, run in read([tmp_path])[0].items()}
+    check_protocol(configs, allow=["first", "later", *({*change} - {"lr", "first"})])
+    with pytest.raises(ValueError, match=r"allow: expected some of .*, got mem_size"):
+        check_protocol(configs, allow=["mem_size"])
+
+
+def test_class_orders_can_be_averaged_over(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / f"{seed}", replace(PLAIN, class_order_seed=seed))
+    report([tmp_path], tmp_path / "out", average=["seed", "class_order_seed"])
+    [line] = csv.DictReader((tmp_path / "out" / "results.csv").open())
+    assert line["runs"] == "2"
+
+
+def test_a_phase_for_the_classifier_alone_is_a_part_of_the_method():
+    der = replace(PLAIN, method="der", later=[*PLAIN.later, CLASSIFIER])
+    check_protocol({"memo": PLAIN.identity(), "der": der.identity()})
+
+
+def test_a_run_that_occurs_twice_is_refused(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", replace(PLAIN, device="cpu"))
+    with pytest.raises(ValueError, match=r"the same in .*a and .*b"):
+        report([tmp_path], tmp_path / "out")
+    check_distinct({"a": PLAIN.identity(), "b": replace(PLAIN, seed=5).identity()})
+
+
+def test_unfinished_runs_are_left_out_with_a_line(tmp_path):
+    make_run(tmp_path / "runs" / "whole")
+    make_run(tmp_path / "runs" / "half", replace(PLAIN, seed=5), experiences=3)
+    make_run(tmp_path / "begun", replace(PLAIN, seed=6))
+    (tmp_path / "begun" / "results.json").unlink()
+    page = report([tmp_path / "runs", tmp_path / "begun"], tmp_path / "out").read_text()
+    assert f"{tmp_path}/runs/half: left out, not finished" in page
+    assert f"{tmp_path}/begun: left out, not finished" in page
+    with pytest.raises(ValueError, match="expected a finished run, got 1 unfinished"):
+        report([tmp_path / "begun"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"nowhere: expected a run folder .*, got no run"):
+        report([tmp_path / "nowhere"], tmp_path / "out")
+
+
+def points(folder, method, *sizes, backbones=(), seeds=(1,), last=0.5):
+    """Write a run for each size of memory in MB, the accuracy rising by 0.1 with each."""
+    for i, megabytes in enumerate(sizes):
+        for seed in seeds:
+            config = replace(PLAIN, method=method, mem_size=100 + i, seed=seed)
+            config = replace(config, backbone=backbones[i] if backbones else "resnet8")
+            name = f"{method}-{config.backbone}-{megabytes}-{seed}"
+            accuracy = last + 0.1 * i + 0.05 * (seed - 1)
+            make_run(folder / name, config, exemplars=megabytes * MEGABYTE, last=accuracy)
+
+
+def test_area_under_accuracy_over_memory(tmp_path):
+    points(tmp_path, "memo", 1, 3, 4, seeds=(1, 2))
+    [curve] = curves(groups_of(tmp_path)).values()
+    # Last: 0.5, 0.6, 0.7 at 2, 4, 5 MB with the model, and each 0.05 more with the other seed.
+    area = 2 * 0.55 + 1 * 0.65
+    expected = (area + 3 * 0.025, statistics.stdev([area, area + 3 * 0.05]))
+    assert areas(curve, "cnn", "last") == pytest.approx(expected)
+    average = 2 * (0.75 + 0.8) / 2 + 1 * (0.8 + 0.85) / 2
+    assert areas(curve, "cnn", "average").mean == pytest.approx(average + 3 * 0.0125)
+    shutil.rmtree(tmp_path / "memo-resnet8-3-2")
+    [curve] = curves(groups_of(tmp_path)).values()
+    # Means over seeds: 0.525, 0.6, 0.725.
+    alone = areas(curve, "cnn", "last")
+    assert alone == (pytest.approx(2 * (0.525 + 0.6) / 2 + (0.6 + 0.725) / 2), None)
+    assert areas(curve[:1], "cnn", "last") is None
+    assert areas([curve[0], curve[0]], "cnn", "last") is None
+
+
+def test_aligned_backbones_make_one_curve_and_others_one_each(tmp_path):
+    points(tmp_path, "memo", 1, 2, backbones=("resnet8", "resnet14"))
+    points(tmp_path, "replay", 1, 2)
+    points(tmp_path, "der", 1, 2, 3, backbones=("resnet8", "resnet8", "resnet14"))
+    found = {name: len(own) for name, own in curves(groups_of(tmp_path)).items()}
+    assert found == {"MEMO": 2, "DER, resnet8": 2, "DER, resnet14": 1, "Replay": 2}
+
+
+def test_budgets_put_points_side_by_side(tmp_path):
+    points(tmp_path, "memo", 1, 5, 9)
+    points(tmp_path, "replay", 2, 3, 8)
+    points(tmp_path, "finetune", 7)
+    found = budgets(curves(groups_of(tmp_path)))
+    assert [[own.method for own in budget] for budget in found] == [
+        ["MEMO", "Replay"],
+        ["MEMO", "Replay"],
+        ["MEMO", "Replay", "Finetune"],
+    ]
+    assert [budget[1].total_megabytes for budget in found] == [3, 4, 9]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A report on two methods at two memories: runs/ and out/ in a folder."""
+    folder = tmp_path_factory.mktemp("compared")
+    points(folder / "runs", "memo", 1, 2, seeds=(1, 2))
+    points(folder / "runs", "replay", 1, 2, last=0.3)
+    report([folder / "runs"], folder / "out")
+    return folder
+
+
+def test_figures_show_the_numbers(compared):
+    groups = groups_of(compared / "runs")
+    found = curves(groups)
+    figure = accuracy_curves("title", budgets(found)[1], found)
+    [memo, replay] = figure.axes[0].get_lines()
+    assert [list(line.get_ydata()) for line in (memo, replay)] == [
+        pytest.approx([100, 62.5]),
+        pytest.approx([100, 40]),
+    ]
+    assert list(memo.get_xdata()) == [1, 2]
+    assert memo.get_label() == "MEMO, resnet8, 101 exemplars"
+    [band] = figure.axes[0].collections  # One seed has none.
+    deviation = statistics.stdev([60, 65])
+    heights = {y for _, y in band.get_paths()[0].vertices.round(6)}
+    assert {round(62.5 - deviation, 6), round(62.5 + deviation, 6)} < heights
+
+    average, last = memory_curves("title", found).axes
+    assert list(last.containers[0].lines[0].get_xdata()) == [2, 3]
+    assert list(last.containers[0].lines[0].get_ydata()) == pytest.approx([52.5, 62.5])
+    assert list(average.containers[1].lines[0].get_ydata()) == pytest.approx([65, 70])
+
+    bars = memory_bars("title", groups).axes[0]
+    widths = [[bar.get_width() for bar in container] for container in bars.containers]
+    assert widths == [[1, 1, 1, 1], [1, 2, 1, 2]]
+
+    # 10 samples of each class and seed: 6 and 6 of them right (0.65 rounds to 6).
+    image = confusion_matrices(groups[1]).axes[0].images[0].get_array()
+    assert image.tolist() == [[60, 40], [40, 60]]
+
+
+def test_no_legend_covers_a_curve_and_no_label_leaves_the_figure(compared):
+    groups = groups_of(compared / "runs")
+    found = curves(groups)
+    for figure in (
+        accuracy_curves("title", groups, found),
+        memory_curves("title", found),
+        memory_bars("title", groups),
+        confusion_matrices(groups[0]),
+    ):
+        figure.canvas.draw()
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+            assert len(legend.get_texts()) == len({text.get_text() for text in legend.get_texts()})
+        tight, whole = figure.get_tightbbox(), figure.bbox_inches
+        assert tight.xmin >= 0
+        assert tight.ymin >= 0
+        assert tight.xmax <= whole.xmax
+        assert tight.ymax <= whole.ymax
+
+
+def test_curves_are_told_apart_without_colour_too():
+    styles = _styles([f"{i}" for i in range(40)]).values()
+    assert len({(style["color"], style["marker"]) for style in styles}) == 40
+    assert len({style["marker"] for style in list(styles)[:8]}) == 8
+
+
+def test_tables_hold_the_same_numbers_in_each_format(compared):
+    out = compared / "out"
+    lines = list(csv.DictReader((out / "results.csv").open()))
+    assert [line["method"] for line in lines] == ["MEMO", "MEMO", "Replay", "Replay"]
+    assert float(lines[1]["last"]) == pytest.approx(62.5)
+    assert float(lines[1]["after_2_classes_deviation"]) == pytest.approx(12.5**0.5)
+    assert float(lines[1]["total_mb"]) == 3
+    assert lines[2]["last_deviation"] == ""
+    text = (out / "report.md").read_text()
+    row = next(line for line in text.splitlines() if "101 exemplars" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        *("MEMO", "resnet8", "101 exemplars", "CNN", "2"),
+        *("81.25 ± 1.77", "62.50 ± 3.54", "37.50 ± 3.54"),
+        *("1.000", "2.000", "3.000", "4 ± 0"),
+    ]
+    tex = (out / "tables.tex").read_text()
+    assert r"MEMO & resnet8 & 101 exemplars & CNN & 2 & 81.25 $\pm$ 1.77 &" in tex
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\bottomrule", tex, re.S):
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(columns) - 1}
+    assert tex.isascii()
+    assert not re.search(r"(?<!\\)[%#_^]", tex.replace("}{!}{%", "").replace("2^{20}", ""))
+
+
+def test_settings_say_which_methods_departed_from_the_defaults(compared):
+    found = settings(read([compared / "runs"])[0])
+    assert found == {
+        "increment": {"1": ["MEMO", "Replay"]},
+        "classes": {"2": ["MEMO", "Replay"]},
+        "mem_size": {"100": ["MEMO", "Replay"], "101": ["MEMO", "Replay"]},
+        "seed": {"1": ["MEMO", "Replay"], "2": ["MEMO"]},
+    }
+    text = (compared / "out" / "report.md").read_text()
+    assert re.search(r"\| increment +\| 1 +\| all +\|", text)
+    assert re.search(r"\| seed +\| 2 +\| MEMO +\|", text)
+
+
+def test_the_same_runs_give_the_same_report(compared):
+    report([compared / "runs"], compared / "again")
+    contents = [
+        {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (compared / "out", compared / "again")
+    ]
+    assert contents[0] == contents[1]
+    assert {"index.html", "memory-bars.pdf", "memory-bars.svg"} < set(contents[0])
+
+
+class References(HTMLParser):
+    """Collects whatever a page could load or lead to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        names = ("src", "href", "srcset", "action", "data", "poster")
+        self.found += [(tag, value) for name, value in attrs if name in names]
+
+
+def test_the_page_holds_its_figures_and_refers_to_nothing_else(compared):
+    text = (compared / "out" / "index.html").read_text()
+    references = References()
+    references.feed(text)
+    assert {tag for tag, _ in references.found} == {"img"}
+    # Two budgets, memory curves and bars, and a confusion matrix for each group.
+    assert len(references.found) == 2 + 2 + 4
+    for _, value in references.found:
+        kind, data = value.split(",", 1)
+        assert kind == "data:image/svg+xml;base64"
+        assert b"</svg>" in base64.b64decode(data)
+    assert "url(" not in text
+    assert "default-src 'none'" in text
+
+
+def test_a_browser_shows_the_page(compared):
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if browser is None:
+        pytest.skip("needs chromium, chromium-browser or google-chrome on the PATH")
+    # A copy, which reports what the browser made of the page. Its policy admits this one script.
+    script = """<script>addEventListener("load", () => {
+      const images = [...document.images].map(i => [i.naturalWidth, i.clientWidth, i.clientHeight]);
+      const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+      const root = document.documentElement;
+      const report = {images, loaded, page: root.scrollWidth, window: innerWidth,
+                      table: document.querySelector("table").clientWidth,
+                      cells: [...document.querySelectorAll("tbody tr:first-child td")].length};
+      root.setAttribute("data-seen", JSON.stringify(report));
+    });</script></body>"""
+    text = (compared / "out" / "index.html").read_text()
+    text = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
+    copy = compared / "seen.html"
+    copy.write_text(text.replace("</body>", script))
+    dom = subprocess.run(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
+            *("--window-size=1280,900", f"--user-data-dir={compared / 'profile'}"),
+            copy.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout
+    seen = json.loads(re.search(r'data-seen="([^"]*)"', dom)[1].replace("&quot;", '"'))
+    assert len(seen["images"]) == 8
+    assert all(size > 100 for image in seen["images"] for size in image)
+    assert seen["loaded"] == []
+    assert seen["page"] <= seen["window"]
+    assert 0 < seen["table"] <= seen["window"]
+    assert "<h1>digits, Base-0 Inc-1: 2 classes in 2 experiences</h1>" in dom
+    assert '<td class="number">62.50 ± 3.54</td>' in dom
+
+
+def test_runs_without_confusion_counts_are_reported_without_the_matrix(tmp_path):
+    run = make_run(tmp_path / "old")
+    results = json.loads((run / "results.json").read_text())
+    del results["cnn"]["confusion"]
+    (run / "results.json").write_text(json.dumps(results))
+    page = report([run], tmp_path / "out").read_text()
+    assert "MEMO, resnet8, 200 exemplars: no confusion matrix" in page
+    assert "confusion-1" not in page
+    assert "No area under accuracy" in page

@@ -1,0 +1,252 @@
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from avalanche_memo.budget import parameter_bytes
+from avalanche_memo.models import cifar_resnet, convnet2
+from avalanche_memo.training import (
+    DER_CLASSIFIER,
+    DER_REPRESENTATION,
+    MEMO_FIRST,
+    MEMO_LATER,
+    PODNET_BALANCED,
+    PODNET_TRAINING,
+    Phase,
+)
+from experiments import sweep as module
+from experiments.run import run
+from experiments.sweep import check_runs, load, main, run_all
+
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+SWEEP = """
+folder: {folder}
+common:
+  classes: 6
+  first: [{{epochs: 2}}]
+  later: [{{epochs: 2}}]
+axes:
+  method:
+    memo: {{method: memo}}
+    replay: {{method: replay}}
+    finetune: {{method: finetune}}
+  budget:
+    small: {{memo: {{mem_size: 12}}, replay: {{mem_size: 60}}, finetune: {{}}}}
+    large: {{memo: {{mem_size: 24, backbone: resnet14}}, replay: {{mem_size: 90}}, finetune: null}}
+  seed: [1, 2]
+  protocol:
+    b0: {{increment: 2}}
+    b4: {{base: 4, increment: 1, small: {{proxies: 3}}, large: {{}}}}
+"""
+
+
+def write(folder: Path, text: str = SWEEP, **changes: str) -> Path:
+    """Write a sweep, with parts of its text replaced."""
+    text = text.format(folder=folder / "runs")
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_run_for_each_combination_named_after_its_points(tmp_path):
+    sweep = load(write(tmp_path))
+    # (3 methods at the small budget, 2 at the large one), 2 seeds, 2 protocols.
+    assert len(sweep.runs) == (3 + 2) * 2 * 2
+    config = sweep.runs["b4/memo-small-seed_2"]
+    assert config.folder == tmp_path / "runs" / "b4" / "memo-small-seed_2"
+    assert (config.method, config.mem_size, config.seed) == ("memo", 12, 2)
+    assert (config.base, config.increment, config.proxies, config.classes) == (4, 1, 3, 6)
+    assert config.first == [Phase(2)]
+    config = sweep.runs["b0/memo-large-seed_1"]
+    assert (config.mem_size, config.backbone, config.base) == (24, "resnet14", 0)
+    assert not any("finetune-large" in name for name in sweep.runs)
+    assert [folder.name for folder in sweep.protocols] == ["b0", "b4"]
+    assert (sweep.threads, sweep.gpus, sweep.average) == (1, 0, ["seed"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("common:", "comon:", "expected known names, got 'comon'; the nearest is 'common'"),
+        ("  classes: 6", "  clases: 6", "common: .*got 'clases'; the nearest is 'classes'"),
+        ("method: memo}", "method: memoo}", "memoo; the nearest is 'memo'"),
+        ("memo: {mem_size: 12}", "mem: {mem_size: 12}", "small: .*'mem'; the nearest is 'memo'"),
+        ("mem_size: 12}", "memsize: 12}", "small memo: .*'memsize'; the nearest is 'mem_size'"),
+        ("mem_size: 12}", "mem_size: a}", r"memo-small-seed_1: .*\"mem_size\".*Got value: a"),
+        ("epochs: 2}", "epoch: 2}", "'epoch' is not accepted; the nearest known key is 'epochs'"),
+        ("replay: {mem_size: 60}, ", "", "small: expected all points of method .* for replay"),
+        ("[1, 2]", "[1, 1]", "seed: expected different values"),
+        ("[1, 2]", "1", "seed: expected a list of values or named points, got 1"),
+        ("[1, 2]", "[]", "seed: expected a list of values or named points"),
+        ("[1, 2]", "[[1], 2]", "seed: expected names of letters, .* got 'seed_.1.'"),
+        (
+            "replay: {method: replay}",
+            "memo: {method: replay}",
+            r"memo: .*got it twice .*line \d",
+        ),
+        ("b0: {increment: 2}", "b0: {mem_size: 2}", "mem_size: .*one axis .* budget and protocol"),
+        ("b0: {increment: 2}", "memo: {increment: 2}", "expected a name that nothing else has"),
+        ("b0: {increment: 2}", "base: {increment: 2}", "expected a name that nothing else has"),
+        ("b0: {increment: 2}", "b0: 2", "protocol b0: expected options and their values, got 2"),
+        ("{mem_size: 90}", "{mem_size: 60}", "the same in .*replay-small.* and .*replay-large"),
+        ("{mem_size: 90}", "{increment: 3, mem_size: 90}", "increment: expected one axis"),
+        ("{mem_size: 90}", "{momentum: 0.5}", "momentum: 0.9 in .*; 0.5 in b0/replay-large"),
+        ("{mem_size: 90}", "{run_folder: x}", "got 'run_folder'"),
+        ("common:", "threads: 0\ncommon:", "threads: expected a number of at least 1, got 0"),
+        ("common:", "gpus: one\ncommon:", "gpus: expected a number of at least 0, got one"),
+        ("common:", "allow: [mem_size]\ncommon:", "allow: expected some of .*, got mem_size"),
+        ("folder:", "# folder:", "expected the keys folder and axes"),
+    ],
+)
+def test_a_faulty_sweep_is_refused(tmp_path, old, new, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        load(write(tmp_path, **{old: new}))
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path):
+    point = "b0: &p {increment: 2}\n    other: {<<: *p, increment: 3}"
+    sweep = load(write(tmp_path, **{"b0: {increment: 2}": point}))
+    assert sweep.runs["other/memo-small-seed_1"].increment == 3
+
+
+def test_runs_are_checked_before_any_is_trained(tmp_path, capsys):
+    path = write(tmp_path, **{"mem_size: 24": "mem_size: 5"})
+    with pytest.raises(SystemExit):
+        main([str(path)])
+    message = "b0/memo-large-seed_1: mem_size: expected at least one exemplar for each of 6 classes"
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path):
+    sweep = load(write(tmp_path))
+    config = sweep.runs["b4/memo-small-seed_2"]
+    config.folder.mkdir(parents=True)
+    replace(config, lr=0.7).save(config.folder / "config.yaml")
+    with pytest.raises(ValueError, match=r"b4/memo-small-seed_2: run_folder: .*lr: 0.7 there, 0.1"):
+        check_runs(sweep)
+
+
+def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"pip install -e '.\[sweep\]'"):
+        run_all(load(write(tmp_path)))
+
+
+def test_the_shipped_sweep_compares_at_equal_bytes():
+    sweep = load(CONFIGS / "sweep_cifar100_b0_inc10.yaml")
+    image = 32 * 32 * 3
+    # What the paper's largest and smallest models leave for exemplars, as it prints them in MB.
+    budgets = {"7.6MB": 7998016, "12.4MB": 13018240, "16.1MB": 16906880}
+    budgets |= {"19.8MB": 20795520, "23.5MB": 24684160}
+    for name, config in sweep.runs.items():
+        backbone = (
+            convnet2() if config.backbone == "convnet2" else cifar_resnet(int(config.backbone[6:]))
+        )
+        *shared, last = [parameter_bytes(stage) for stage in backbone.stages]
+        model = {"memo": sum(shared) + 10 * last, "der": 10 * (sum(shared) + last)}.get(
+            config.method, sum(shared) + last
+        )
+        budget = budgets[name.split("-")[1]]
+        assert abs(budget - model - config.mem_size * image) < image, name
+        assert f"{budget / 2**20:.1f}MB" == name.split("-")[1]
+    assert len(sweep.runs) == 4 * 5 * 3
+    phases = {config.method: (config.first, config.later) for config in sweep.runs.values()}
+    assert phases["memo"] == phases["replay"] == ([MEMO_FIRST], [MEMO_LATER])
+    assert phases["der"] == ([DER_REPRESENTATION], [DER_REPRESENTATION, DER_CLASSIFIER])
+    assert phases["podnet"] == ([PODNET_TRAINING], [PODNET_TRAINING, PODNET_BALANCED])
+
+
+def test_the_shipped_digits_sweep_can_run():
+    check_runs(load(CONFIGS / "sweep_digits.yaml"))
+
+
+def lock_holder(folder: Path) -> int:
+    """The process that runs in a folder."""
+    inode = f":{(folder / '.lock').stat().st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5].endswith(inode):
+            return int(fields[4])
+    raise AssertionError(f"nobody runs in {folder}")
+
+
+def kill_midway(folder: Path, killed: list) -> None:
+    """Kill the process of a run once it has results of some but not all experiences."""
+    results = folder / "results.json"
+    while not results.exists():
+        time.sleep(0.002)
+    process = lock_holder(folder)
+    os.kill(process, signal.SIGSTOP)  # So that it does not finish behind the back of the check.
+    killed.append(json.loads(results.read_text()))
+    os.kill(process, signal.SIGKILL)
+
+
+SMALL = """
+folder: {folder}
+retries: 1
+allow: [later]
+common:
+  classes: 6
+  increment: 2
+  first: [{{epochs: 1}}]
+axes:
+  run:
+    killed: {{method: memo, later: [{{epochs: 6}}]}}
+    calm: {{method: replay, later: [{{epochs: 6}}]}}
+    hopeless: {{method: finetune, later: [{{epochs: 6, lr: 1.0e+30}}]}}
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="needs /proc/locks to find a worker")
+def test_a_sweep_survives_the_killing_of_a_worker(tmp_path, capsys):
+    pytest.importorskip("ray", reason="needs ray: pip install -e '.[sweep]'")
+    path = write(tmp_path, SMALL)
+    sweep = load(path)
+    killed = []
+    killer = threading.Thread(
+        target=kill_midway, args=(sweep.runs["killed"].folder, killed), daemon=True
+    )
+    killer.start()
+    with pytest.raises(SystemExit, match=r"(?s)failed.*hopeless: .*FloatingPointError"):
+        main([str(path), "--cpus", "2"])
+    killer.join()
+
+    [before] = killed
+    assert len(before["classes"]) < before["experiences"] == 3
+    for name in ("killed", "calm"):
+        config = sweep.runs[name]
+        survived = json.loads((config.folder / "results.json").read_text())
+        undisturbed = run(replace(config, run_folder=str(tmp_path / "undisturbed" / name)))
+        seconds = survived.pop("seconds")
+        undisturbed.pop("seconds")
+        assert survived == undisturbed
+        if name == "killed":  # It went on; nothing was trained again.
+            done = len(before["classes"])
+            assert seconds["train"][:done] == before["seconds"]["train"]
+
+    printed = capsys.readouterr().out
+    page = (tmp_path / "runs" / "report" / "index.html").read_text()
+    assert "3 runs, 0 of them finished before" in printed
+    assert f"Report: {tmp_path / 'runs' / 'report' / 'index.html'}" in printed
+    assert "hopeless: left out, not finished" in page
+
+
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path, SMALL[: SMALL.index("    hopeless")], **{"classes: 6": "classes: 2"})
+    sweep = load(path)
+    for config in sweep.runs.values():
+        run(config)
+    monkeypatch.setattr(module, "_ray", lambda: pytest.fail("there is nothing to run"))
+    main([str(path)])
+    assert "2 runs, 2 of them finished before" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "report" / "index.html").exists()
