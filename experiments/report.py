@@ -242,8 +242,8 @@ def _notes(groups: Sequence[Group]) -> list[str]:
         for result in results
     )
     notes = [
-        f"{len(results)} runs; seeds {', '.join(map(str, seeds))}; "
-        f"class order of seed {', '.join(map(str, orders))}",
+        f"runs: {len(results)}; seeds: {', '.join(map(str, seeds))}; "
+        f"seed of the class order: {', '.join(map(str, orders))}",
         "run on " + "; ".join(dict.fromkeys(places)),
     ]
     for own in groups:
