@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,15 @@ from avalanche_memo.training.compression import Compression, lowest_quality, thr
 from avalanche_memo.training.loading import resident_loader
 from avalanche_memo.training.samples import original_image, sample_origins
 
-__all__ = ["MEMORY_RATES", "HerdingBuffer", "MemoryRates", "dataset_features", "herding_order"]
+__all__ = [
+    "MEMORY_RATES",
+    "HerdingBuffer",
+    "MemoryRates",
+    "balanced_choice",
+    "dataset_features",
+    "dataset_logits",
+    "herding_order",
+]
 
 MEMORY_RATES: dict[int, tuple[float, ...]] = {
     steps: (steps / 25,) * (steps + 1) for steps in (5, 10, 25, 50)
@@ -99,7 +107,20 @@ def herding_order(features: Tensor, m: int) -> Tensor:
     return order
 
 
-@torch.no_grad()
+def balanced_choice(targets: Tensor, share: float, seed: int) -> Tensor:
+    """Choose at random as many samples of each class: a share of the rarest's, at least one.
+
+    :param targets: class ids ``[n]``.
+    :param share: of the rarest class's samples, rounded down.
+    :param seed: of the choice.
+    :return: row numbers, class by class.
+    """
+    classes, counts = torch.unique(targets, return_counts=True)
+    per_class = max(1, int(share * int(counts.min())))
+    shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([shuffled[targets[shuffled] == c][:per_class] for c in classes])
+
+
 def dataset_features(
     model: Any, dataset: Any, device: torch.device | str, batch_size: int = 128
 ) -> Tensor:
@@ -119,14 +140,15 @@ def dataset_features(
             "model: expected a module with extract_features(images), such as an "
             f"ExpandableNetwork, got {type(model).__name__}"
         )
-    was_training = model.training
-    model.eval()
-    features = [
-        F.normalize(model.extract_features(batch[0].to(device)).float(), dim=1)
-        for batch in _evaluation_batches(dataset.eval(), batch_size, device)
-    ]
-    model.train(was_training)
-    return torch.cat(features)
+    features = _evaluated(model, model.extract_features, dataset, device, batch_size)
+    return F.normalize(features.float(), dim=1)
+
+
+def dataset_logits(
+    model: Any, dataset: Any, device: torch.device | str, batch_size: int = 128
+) -> Tensor:
+    """Return the logits ``[n, W]`` of a data set, computed as :func:`dataset_features` does."""
+    return _evaluated(model, model, dataset, device, batch_size)
 
 
 class HerdingBuffer(ExemplarsBuffer):
@@ -379,9 +401,23 @@ def _by_source(rows: Tensor) -> list[Tensor]:
     return [rows[rows[:, 0] == source] for source in torch.unique(rows[:, 0])]
 
 
-def _evaluation_batches(dataset: Any, batch_size: int, device: torch.device | str) -> Any:
+@torch.no_grad()
+def _evaluated(
+    model: Any,
+    function: Callable[[Tensor], Tensor],
+    dataset: Any,
+    device: torch.device | str,
+    batch_size: int,
+) -> Tensor:
+    """Return what a function of images returns with the model in evaluation mode."""
+    dataset = dataset.eval()
     loader = resident_loader(dataset, batch_size, shuffle=False, device=device)
-    return loader or DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn)
+    batches = loader or DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn)
+    was_training = model.training
+    model.eval()
+    outputs = [function(batch[0].to(device)) for batch in batches]
+    model.train(was_training)
+    return torch.cat(outputs)
 
 
 def _at_least_one(name: str, value: int) -> None:

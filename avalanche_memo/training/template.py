@@ -17,7 +17,7 @@ from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
 from avalanche_memo.training.compression import Compression
 from avalanche_memo.training.loading import ResidentBatches, shuffled_loader
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
-from avalanche_memo.training.storage_policy import MemoryRates
+from avalanche_memo.training.storage_policy import MemoryRates, balanced_choice
 
 __all__ = ["IncrementalTemplate", "Phase", "ReplayTemplate"]
 
@@ -264,7 +264,9 @@ class IncrementalTemplate(SupervisedTemplate):
         if phase.data == "balanced":
             # A seed of its own, saved along, so that a resumed phase draws the same subset.
             self.phase_seed = resume["phase"]["seed"] if resume else int(torch.randint(2**62, ()))
-            self.adapted_dataset = _balanced_subset(self.adapted_dataset, self.phase_seed)
+            targets = torch.as_tensor(list(self.adapted_dataset.targets))
+            chosen = balanced_choice(targets, 1.0, self.phase_seed)
+            self.adapted_dataset = self.adapted_dataset.subset(chosen.tolist())
         elif phase.data == "exemplars":
             self.adapted_dataset = self._memories[0].exemplars_after(self)
         if phase.data != "all":
@@ -351,16 +353,6 @@ class ReplayTemplate(IncrementalTemplate):
             compression=compression,
         )
         super().__init__(method_plugins=[memory, *method_plugins], **base_kwargs)
-
-
-def _balanced_subset(dataset: Any, seed: int) -> Any:
-    """Return a random subset with as many samples of each class as the rarest has."""
-    targets = torch.as_tensor(list(dataset.targets))
-    classes, counts = torch.unique(targets, return_counts=True)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(targets), generator=generator)
-    chosen = [shuffled[targets[shuffled] == c][: int(counts.min())] for c in classes]
-    return dataset.subset(torch.cat(chosen).tolist())
 
 
 def _check(good: bool, name: str, expected: str, got: Any) -> None:

@@ -1,11 +1,11 @@
-"""The check of the model that strategies and plugins share."""
+"""The checks of the model that strategies and plugins share."""
 
 from typing import Any, Literal
 
 from avalanche_memo.models.expandable import ExpandableNetwork
-from avalanche_memo.models.heads import ProxyCosineClassifier
+from avalanche_memo.models.heads import GrowingClassifier, ProxyCosineClassifier
 
-__all__ = ["check_cosine_classifier", "check_network"]
+__all__ = ["check_classifier", "check_cosine_classifier", "check_network"]
 
 
 def check_network(
@@ -39,16 +39,30 @@ def check_network(
     return model
 
 
-def check_cosine_classifier(model: Any, user: str) -> None:
-    """Check that the model is an expandable network with a cosine classifier.
+def check_classifier(
+    model: Any, user: str, kind: type[GrowingClassifier], names: str | None = None
+) -> None:
+    """Check that the model is an expandable network with a classifier of a kind.
 
     :param model: what was given.
     :param user: the strategy or plugin that needs it, for the message.
+    :param kind: the classifier's class.
+    :param names: of what will do, for the message; the class's own where not given.
     :raises TypeError: if it is another network, or has another classifier.
     """
     classifier = check_network(model, user).classifier
-    if not isinstance(classifier, ProxyCosineClassifier):
+    if not isinstance(classifier, kind):
         raise TypeError(
             f"model: {user} expected a network whose make_classifier returns a "
-            f"ProxyCosineClassifier or a CosineClassifier, got a {type(classifier).__name__}"
+            f"{names or kind.__name__}, got a {type(classifier).__name__}"
         )
+
+
+def check_cosine_classifier(model: Any, user: str) -> None:
+    """Check that the model is an expandable network with a cosine classifier.
+
+    :raises TypeError: if it is another network, or has another classifier.
+    """
+    check_classifier(
+        model, user, ProxyCosineClassifier, "ProxyCosineClassifier or a CosineClassifier"
+    )

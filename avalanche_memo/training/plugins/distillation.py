@@ -105,7 +105,8 @@ class _Distillation(SupervisedPlugin, ABC):
             return
         old = self.teacher.outputs(strategy.mb_x)
         assert old is not None
-        strategy.loss = strategy.loss + self.loss(strategy.model, old)
+        main = self.main_weight(strategy.model) * strategy.loss
+        strategy.loss = main + self.loss(strategy.model, old)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Keep the network as it is now."""
@@ -114,6 +115,10 @@ class _Distillation(SupervisedPlugin, ABC):
     def applies(self, outputs: NetworkOutputs) -> bool:
         """Return whether there is something to learn; a phase may train the classifier alone."""
         return outputs.features.requires_grad
+
+    def main_weight(self, network: ExpandableNetwork) -> float:
+        """Return the weight of the loss so far."""
+        return 1.0
 
     @abstractmethod
     def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
@@ -191,10 +196,16 @@ class SoftmaxDistillationPlugin(_Distillation):
 
     ``L = L_main + weight * T^2 KL(p_old || p_new)`` over the classes that the previous network
     knows (:func:`softmax_distillation_loss`). It also applies where the classifier alone learns.
+    Papers that write the cross-entropy with the old predictions for the divergence mean the same
+    gradient: the two differ by the old predictions' entropy.
 
     :param weight: of the loss.
     :param temperature: T.
     :param adaptive: whether the weight is multiplied by ``sqrt(classes seen / new classes)``.
+    :param convex: whether to mix instead of to add, as BiC and WA do: the main loss then weighs
+        ``1 - lambda`` and this one ``lambda * weight``, ``lambda = old classes / classes seen``.
+    :param scaled: whether the factor T^2 is there, by which the gradient keeps its size whatever
+        the temperature; BiC and WA have none.
     :param teacher: the previous network, if several plugins are to share it.
     :raises ValueError: for a negative weight or a temperature that is not above 0.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
@@ -206,6 +217,8 @@ class SoftmaxDistillationPlugin(_Distillation):
         temperature: float = 10.0,
         *,
         adaptive: bool = False,
+        convex: bool = False,
+        scaled: bool = True,
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
@@ -213,6 +226,7 @@ class SoftmaxDistillationPlugin(_Distillation):
         if temperature <= 0:
             raise ValueError(f"temperature: expected a number above 0, got {temperature}")
         self.weight, self.temperature, self.adaptive = weight, temperature, adaptive
+        self.convex, self.scaled = convex, scaled
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
@@ -222,6 +236,10 @@ class SoftmaxDistillationPlugin(_Distillation):
         """Return whether there is something to learn."""
         return outputs.logits.requires_grad
 
+    def main_weight(self, network: ExpandableNetwork) -> float:
+        """Return the new classes' share of all, where the losses are mixed."""
+        return len(network.new_classes) / len(network.classes) if self.convex else 1.0
+
     def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
         """Return the loss on the old classes' columns, weighted."""
         assert self.teacher.network is not None
@@ -229,6 +247,10 @@ class SoftmaxDistillationPlugin(_Distillation):
         columns = self.teacher.network.columns
         logits = network.outputs.logits[:, columns], old.logits[:, columns]
         weight = self.weight * (_growth_factor(network) if self.adaptive else 1.0)
+        if self.convex:
+            weight *= 1 - self.main_weight(network)
+        if not self.scaled:
+            weight /= self.temperature**2
         return weight * softmax_distillation_loss(*logits, self.temperature)
 
 

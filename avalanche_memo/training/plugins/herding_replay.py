@@ -55,11 +55,14 @@ class HerdingReplayPlugin(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check the memory against all classes of the stream, before anything is trained."""
-        stream = getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
-        classes = {c for e in stream for c in experience_classes(e)}
-        self.buffer.check(strategy.experience.dataset, len(classes | set(self.buffer.order)))
+        self.buffer.check(strategy.experience.dataset, self.n_classes(strategy))
         if self.buffer.rates is not None and not self.buffer.order:
-            _check_rates(self.buffer, stream)
+            _check_rates(self.buffer, _stream(strategy))
+
+    def n_classes(self, strategy: Any) -> int:
+        """Return how many classes there are, those of the whole stream and those held already."""
+        classes = {c for e in _stream(strategy) for c in experience_classes(e)}
+        return len(classes | set(self.buffer.order))
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Add the exemplars to the experience's data, which pass through their codec first."""
@@ -115,6 +118,10 @@ class HerdingReplayPlugin(SupervisedPlugin):
         """Take back saved positions; ``stream`` is the training stream they point into."""
         self.buffer.load_state_dict(state, stream)
         self._means = None
+
+
+def _stream(strategy: Any) -> Any:
+    return getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
 
 
 def _check_rates(buffer: HerdingBuffer, stream: Any) -> None:

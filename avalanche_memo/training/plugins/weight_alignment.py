@@ -7,7 +7,7 @@ import torch
 from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_memo.models.heads import GrowingLinear
-from avalanche_memo.training.plugins.checks import check_network
+from avalanche_memo.training.plugins.checks import check_classifier
 
 __all__ = ["WeightAlignmentPlugin", "align_weights"]
 
@@ -33,22 +33,27 @@ def align_weights(classifier: GrowingLinear, n_new: int) -> float:
 class WeightAlignmentPlugin(SupervisedPlugin):
     """Align the classifier's weights after each experience that brought new classes.
 
+    :param clip: whether weights below 0 are set to 0 after each step, so that, the features being
+        positive, a weight's norm tells how large its logits are.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a linear
         classifier.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, clip: bool = False) -> None:
         super().__init__()
+        self.clip = clip
         self._aligned = 0
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
-        classifier = check_network(strategy.model, "WeightAlignmentPlugin").classifier
-        if not isinstance(classifier, GrowingLinear):
-            raise TypeError(
-                "model: WeightAlignmentPlugin expected a network with a GrowingLinear, "
-                f"got a {type(classifier).__name__}"
-            )
+        check_classifier(strategy.model, "WeightAlignmentPlugin", GrowingLinear)
+
+    @torch.no_grad()
+    def after_update(self, strategy: Any, **kwargs: Any) -> None:
+        """Clip."""
+        if self.clip:
+            for weight in strategy.model.classifier.weights:
+                weight.clamp_(min=0)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Align, once per growth."""
