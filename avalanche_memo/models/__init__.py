@@ -6,6 +6,7 @@ from avalanche_memo.models.convnet import convnet2, convnet4
 from avalanche_memo.models.expandable import ExpandableNetwork
 from avalanche_memo.models.fast_path import FastPath
 from avalanche_memo.models.heads import (
+    BiasCorrectedLinear,
     CosineClassifier,
     GrowingClassifier,
     GrowingLinear,
@@ -16,6 +17,7 @@ from avalanche_memo.models.staged import StagedBackbone
 
 __all__ = [
     "CBAM",
+    "BiasCorrectedLinear",
     "CosineClassifier",
     "ExpandableNetwork",
     "FastPath",

@@ -11,6 +11,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 __all__ = [
+    "BiasCorrectedLinear",
     "CosineClassifier",
     "GrowingClassifier",
     "GrowingLinear",
@@ -95,7 +96,7 @@ class GrowingLinear(GrowingClassifier):
         """Start afresh, as a new ``nn.Linear`` of this size."""
         bound = 1 / math.sqrt(max(1, self.in_features))
         with torch.no_grad():
-            for parameter in self.parameters():
+            for parameter in (self.bias, *self.weights):
                 parameter.uniform_(-bound, bound)
 
     @torch.no_grad()
@@ -111,6 +112,51 @@ class GrowingLinear(GrowingClassifier):
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of features ``[B, D]``."""
         return F.linear(features, self.weight, self.bias)
+
+
+class BiasCorrectedLinear(GrowingLinear):
+    """BiC's classifier: a linear layer, and two parameters that correct each growth's logits.
+
+    Wu et al., "Large Scale Incremental Learning" (CVPR 2019): a logit o of the new classes becomes
+    ``alpha * o + beta``. No optimizer trains the pair: it is the identity until :meth:`correct`
+    sets it. The pairs of older growths stay as they are, in training and evaluation alike, as in
+    PyCIL; the authors' code drops them when new classes come.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        """The number of classes of each growth."""
+        self.corrections = nn.ParameterList()
+        """Alpha and beta of each growth, ``[2]``."""
+
+    def grow(self, new_features: int = 0, new_classes: int = 0) -> None:
+        """Add a block of features, rows for classes with a pair of their own, or both."""
+        super().grow(new_features, new_classes)
+        if new_classes:
+            self.sizes.append(new_classes)
+            identity = self.bias.new_tensor([1.0, 0.0])
+            self.corrections.append(nn.Parameter(identity, requires_grad=False))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start afresh, uncorrected."""
+        super().reset_parameters()
+        for correction in self.corrections:
+            correction.copy_(correction.new_tensor([1.0, 0.0]))
+
+    @torch.no_grad()
+    def correct(self, alpha: float, beta: float) -> None:
+        """Correct the newest classes' logits, as they are now, to ``alpha * logit + beta``."""
+        newest = self.corrections[-1]
+        newest.mul_(alpha).add_(newest.new_tensor([0.0, beta]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the corrected logits ``[B, C]`` of features ``[B, D]``."""
+        logits = super().forward(features)
+        parts = torch.split(logits, self.sizes, dim=1)
+        corrected = [a * part + b for part, (a, b) in zip(parts, self.corrections, strict=True)]
+        return torch.cat([logits[:, :0], *corrected], dim=1)
 
 
 class ProxyCosineClassifier(GrowingClassifier):

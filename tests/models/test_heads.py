@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from avalanche_memo.models import GrowingLinear
+from avalanche_memo.budget import parameter_bytes
+from avalanche_memo.models import BiasCorrectedLinear, ExpandableNetwork, GrowingLinear
+from tests.helpers import tiny_backbone
 
 
 def grown(*steps: tuple[int, int]) -> GrowingLinear:
@@ -87,3 +89,74 @@ def test_scales_the_weights_of_some_rows():
 def test_refuses_to_shrink(features, classes):
     with pytest.raises(ValueError, match=rf"at least 0, got {features} and {classes}"):
         grown((2, 2)).grow(features, classes)
+
+
+# --- BiC's -------------------------------------------------------------------------------------
+
+
+def corrected() -> BiasCorrectedLinear:
+    """Two features, classes 0 and 1 and then 2, all weights and biases 1."""
+    head = BiasCorrectedLinear()
+    head.grow(2)
+    head.grow(0, 2)
+    head.grow(0, 1)
+    with torch.no_grad():
+        for parameter in (*head.weights, head.bias):
+            parameter.fill_(1.0)
+    return head
+
+
+def test_a_correction_is_linear_in_the_newest_classes_logits():
+    head, features = corrected(), torch.tensor([[1.0, 2.0], [0.0, -3.0]])
+    assert head(features).tolist() == [[4, 4, 4], [-2, -2, -2]]
+    head.correct(0.5, -1.0)
+    assert head(features).tolist() == [[4, 4, 1], [-2, -2, -2]]
+    head.grow(0, 2)
+    head.correct(2.0, 3.0)
+    with torch.no_grad():
+        head.weights[0].fill_(1.0)
+        head.bias.fill_(1.0)
+    assert head(features).tolist() == [[4, 4, 1, 11, 11], [-2, -2, -2, -1, -1]]
+    # A second correction is one of what the first has made: 0.5 (2 o + 3) + 1.
+    head.correct(0.5, 1.0)
+    assert head(features).tolist() == [[4, 4, 1, 6.5, 6.5], [-2, -2, -2, 0.5, 0.5]]
+
+
+def test_corrections_are_learned_by_no_optimizer_but_differentiated_through():
+    head = corrected()
+    head.correct(0.5, -1.0)
+    features = torch.ones(1, 2, requires_grad=True)
+    head(features).sum().backward()
+    assert [p.requires_grad for p in head.corrections] == [False, False]
+    assert features.grad.tolist() == [[2.5, 2.5]]
+    assert head.bias.grad.tolist() == [1, 1, 0.5]
+
+
+def test_a_corrected_classifier_starts_afresh_uncorrected():
+    head = corrected()
+    head.correct(0.5, -1.0)
+    head.reset_parameters()
+    assert [pair.tolist() for pair in head.corrections] == [[1, 0], [1, 0]]
+    assert not (head.weight == 1).any()
+    linear = grown((2, 2), (0, 1))
+    torch.manual_seed(0)
+    linear.reset_parameters()
+    torch.manual_seed(0)
+    head.reset_parameters()
+    features = torch.randn(4, 2)
+    torch.testing.assert_close(head(features), linear(features))
+
+
+def test_corrections_are_saved_and_counted():
+    networks = [
+        ExpandableNetwork(tiny_backbone, 3, make_classifier=kind)
+        for kind in (BiasCorrectedLinear, BiasCorrectedLinear, GrowingLinear)
+    ]
+    for network in (networks[0], networks[2]):
+        network.grow([7, 2])
+        network.grow([5])
+    networks[0].classifier.correct(0.25, -2.0)
+    networks[1].load_state_dict(networks[0].state_dict())
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(networks[1].eval()(images), networks[0].eval()(images))
+    assert parameter_bytes(networks[0]) - parameter_bytes(networks[2]) == 2 * 2 * 4

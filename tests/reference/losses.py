@@ -80,6 +80,25 @@ def distillation(new_logits, old_logits, temperature):
     return temperature**2 * total / len(new_logits)
 
 
+def soft_cross_entropy(new_logits, old_logits, temperature):
+    """``-sum_c p_old(c) log(p_new(c))``, the mean over the batch: BiC and WA, and PyCIL's iCaRL."""
+    total = 0
+    for new, old in zip(new_logits, old_logits, strict=True):
+        p_new, p_old = torch.exp(new / temperature), torch.exp(old / temperature)
+        p_new, p_old = p_new / p_new.sum(), p_old / p_old.sum()
+        total = total - sum(q * torch.log(p) for p, q in zip(p_new, p_old, strict=True))
+    return total / len(new_logits)
+
+
+def cross_entropy(logits, targets):
+    """``-log(p(target))``, the mean over the batch."""
+    losses = [
+        -torch.log(torch.exp(row[t]) / torch.exp(row).sum())
+        for row, t in zip(logits, targets, strict=True)
+    ]
+    return sum(losses) / len(losses)
+
+
 def less_forget(old_features, new_features):
     """UCIR, equation 6."""
     cosines = [

@@ -14,12 +14,25 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
 from avalanche_memo.models import (
+    BiasCorrectedLinear,
     CosineClassifier,
     ExpandableNetwork,
     GrowingLinear,
     ProxyCosineClassifier,
 )
-from avalanche_memo.training import DER, MEMO, UCIR, MemoryRates, Phase, PODNet, Replay
+from avalanche_memo.training import (
+    DER,
+    MEMO,
+    UCIR,
+    WA,
+    BiC,
+    ICaRL,
+    Joint,
+    MemoryRates,
+    Phase,
+    PODNet,
+    Replay,
+)
 from avalanche_memo.training.checkpoint import Checkpoint, restore
 from avalanche_memo.training.plugins import HerdingReplayPlugin
 from tests.helpers import (
@@ -57,8 +70,16 @@ METHODS = {
         {"later_phases": EXEMPLARS},
     ),
     "UCIR": (UCIR, 3, {"later_phases": EXEMPLARS}),
+    "ICaRL": (ICaRL, 3, {}),
+    "WA": (WA, 3, {}),
+    "BiC": (BiC, 3, {}),
+    "Joint": (lambda mem_size, **options: Joint(**options), 3, {}),
 }
-CLASSIFIERS = {"PODNet": partial(ProxyCosineClassifier, 2), "UCIR": CosineClassifier}
+CLASSIFIERS = {
+    "PODNet": partial(ProxyCosineClassifier, 2),
+    "UCIR": CosineClassifier,
+    "BiC": BiasCorrectedLinear,
+}
 
 
 class Draw(SupervisedPlugin):
@@ -185,8 +206,8 @@ def test_goes_on_from_any_epoch(epoch, fast, tmp_path, whole_runs):
     assert_same_outcome(outcome(strategy), whole_runs(fast=fast))
 
 
-@pytest.mark.parametrize("method", ["MEMO", "Replay"])
-@pytest.mark.parametrize("epoch", [4, 6, 8])
+@pytest.mark.parametrize("method", ["MEMO", "Replay", "Joint"])
+@pytest.mark.parametrize("epoch", [2, 4, 6, 8])
 def test_other_methods_go_on(method, epoch, tmp_path, whole_runs):
     path = tmp_path / "run.pt"
     interrupted(path, "before_training_epoch", epoch, method=method)
@@ -195,7 +216,7 @@ def test_other_methods_go_on(method, epoch, tmp_path, whole_runs):
     assert_same_outcome(outcome(strategy), whole_runs(method))
 
 
-@pytest.mark.parametrize("method", ["PODNet", "UCIR"])
+@pytest.mark.parametrize("method", ["PODNet", "UCIR", "ICaRL", "WA", "BiC"])
 @pytest.mark.parametrize(
     ("event", "n", "save_between", "fast"),
     [

@@ -30,6 +30,7 @@ from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
 
 from avalanche_memo.models import (
+    BiasCorrectedLinear,
     CosineClassifier,
     ExpandableNetwork,
     GrowingLinear,
@@ -37,7 +38,19 @@ from avalanche_memo.models import (
     cifar_resnet,
     convnet2,
 )
-from avalanche_memo.training import DER, MEMO, UCIR, Finetune, Phase, PODNet, Replay
+from avalanche_memo.training import (
+    DER,
+    MEMO,
+    UCIR,
+    WA,
+    BiC,
+    Finetune,
+    ICaRL,
+    Joint,
+    Phase,
+    PODNet,
+    Replay,
+)
 from avalanche_memo.training.plugins import (
     AuxiliaryLossPlugin,
     HerdingReplayPlugin,
@@ -61,6 +74,7 @@ EXEMPLARS = (Phase(1), Phase(1, learns="classifier", data="exemplars"))
 CLASSIFIERS = {
     "PODNet": partial(ProxyCosineClassifier, 2),
     "UCIR": partial(CosineClassifier, scale=10.0),
+    "BiC": BiasCorrectedLinear,
 }
 
 METHODS: dict[str, tuple[Any, Any, int, dict[str, Any]]] = {
@@ -76,8 +90,12 @@ METHODS: dict[str, tuple[Any, Any, int, dict[str, Any]]] = {
     ),
     "PODNet": (PODNet, tiny_backbone, 3, {"mem_size": 20, "later_phases": EXEMPLARS}),
     "UCIR": (UCIR, tiny_backbone, 3, {"mem_size": 20}),
+    "ICaRL": (ICaRL, tiny_backbone, 3, {"mem_size": 20}),
+    "WA": (WA, tiny_backbone, 3, {"mem_size": 20}),
+    "BiC": (BiC, tiny_backbone, 3, {"mem_size": 20}),
     "Replay": (Replay, tiny_backbone, 3, {"mem_size": 20}),
     "Finetune": (Finetune, tiny_backbone, 3, {}),
+    "Joint": (Joint, tiny_backbone, 3, {}),
 }
 
 
@@ -126,14 +144,18 @@ def test_learns_arbitrary_class_ids(method, api, fast):
     assert set(predictions.tolist()) <= set(ORDER[:6])
 
 
-@pytest.mark.parametrize("method", ["MEMO", "DER", "Replay", "PODNet", "UCIR"])
+@pytest.mark.parametrize(
+    "method", ["MEMO", "DER", "Replay", "PODNet", "UCIR", "ICaRL", "WA", "BiC"]
+)
 def test_learns(method):
     """Well over the chance of a sixth, on all classes, the first ones included."""
     second = {"DER": BALANCED, "PODNet": EXEMPLARS[1]}
     options = {}
     if method in second:
         options["later_phases"] = (Phase(15), replace(second[method], epochs=15))
-    strategy = make(method, train_epochs=15, evaluator=seen_accuracy(), **options)
+    # WA evens out the norms of weights, which the new classes' must first have grown to.
+    epochs = 40 if method == "WA" else 15
+    strategy = make(method, train_epochs=epochs, evaluator=seen_accuracy(), **options)
     last = matrix(strategy, make_benchmark())[-1][:3]
     assert sum(last) / 3 > 0.6
     assert min(last) > 0.2
@@ -310,6 +332,10 @@ def test_naive_with_memos_plugins_is_memo(api, scheduled):
         (MEMO, 3, r"1 or 2 of 3, got 3"),
         (DER, 1, r"0 of 3, got 1"),
         (Replay, 2, r"3 of 3, got 2"),
+        (ICaRL, 2, r"3 of 3, got 2"),
+        (WA, 2, r"3 of 3, got 2"),
+        (BiC, 2, r"3 of 3, got 2"),
+        (Joint, 2, r"3 of 3, got 2"),
     ],
 )
 def test_refuses_a_network_of_another_method(strategy, shared_stages, expected):
@@ -318,7 +344,7 @@ def test_refuses_a_network_of_another_method(strategy, shared_stages, expected):
         strategy(model=model, optimizer=sgd(model))
 
 
-@pytest.mark.parametrize("strategy", [MEMO, DER, Replay, PODNet, UCIR])
+@pytest.mark.parametrize("strategy", [MEMO, DER, Replay, PODNet, UCIR, ICaRL, WA, BiC, Joint])
 def test_refuses_another_model(strategy):
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"model: .* expected .*ExpandableNetwork, got Linear"):

@@ -1,12 +1,14 @@
 """Plugins: each concern of a method, usable on any Avalanche strategy."""
 
 from avalanche_memo.training.plugins.auxiliary_loss import AuxiliaryLossPlugin
+from avalanche_memo.training.plugins.bias_correction import BiasCorrectionPlugin
 from avalanche_memo.training.plugins.distillation import (
     LessForgetPlugin,
     PODDistillationPlugin,
     PreviousModel,
     SoftmaxDistillationPlugin,
 )
+from avalanche_memo.training.plugins.fresh_start import FreshStartPlugin
 from avalanche_memo.training.plugins.gradient_clamp import GradientClampPlugin
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
 from avalanche_memo.training.plugins.imprinting import ImprintingPlugin
@@ -16,6 +18,8 @@ from avalanche_memo.training.plugins.weight_alignment import WeightAlignmentPlug
 
 __all__ = [
     "AuxiliaryLossPlugin",
+    "BiasCorrectionPlugin",
+    "FreshStartPlugin",
     "GradientClampPlugin",
     "HerdingReplayPlugin",
     "ImprintingPlugin",
