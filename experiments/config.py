@@ -16,6 +16,10 @@ from avalanche_memo.training import Compression, Phase
 
 __all__ = ["Config", "from_options", "nearest", "parse"]
 
+Method = Literal[
+    "memo", "der", "podnet", "ucir", "icarl", "wa", "bic", "replay", "finetune", "joint"
+]
+
 _LATER_ONLY = (
     *("later", "mem_size", "exemplars_per_class", "memory_rates", "auxiliary_weight"),
     *("train_generalized", "gradient_through_frozen"),
@@ -62,8 +66,9 @@ class Config:
     :param flat_weight: weight of the distillation of the features (PODNet).
     :param pooling: spatial, width, height, channels or gap (PODNet).
     :param flat_distillation: of features (pod), of predictions (kd), or both (PODNet).
-    :param kd_weight: weight of the distillation of predictions (PODNet).
-    :param kd_temperature: its temperature (PODNet).
+    :param kd_weight: weight of the distillation of predictions (PODNet, iCaRL, WA, BiC); the
+        method's own where it is not given.
+    :param kd_temperature: its temperature; likewise.
     :param less_forget_weight: weight of the less-forget constraint (UCIR).
     :param ranking_weight: weight of the margin ranking loss (UCIR).
     :param batch_size: images per training step.
@@ -81,10 +86,8 @@ class Config:
     :param run_folder: where results go; named after the run where it is not given.
     """
 
-    method: Literal["memo", "der", "podnet", "ucir", "replay", "finetune"] = "memo"
-    against: list[Literal["memo", "der", "podnet", "ucir", "replay", "finetune"]] = field(
-        default_factory=lambda: ["finetune"]
-    )
+    method: Method = "memo"
+    against: list[Method] = field(default_factory=lambda: ["finetune"])
     benchmark: Literal["digits", "cifar100", "image_folder"] = "digits"
     data_root: str | None = None
     base: int = 0
@@ -112,8 +115,8 @@ class Config:
     flat_weight: float = 1.0
     pooling: Literal["spatial", "width", "height", "channels", "gap"] = "spatial"
     flat_distillation: Literal["pod", "kd", "both"] = "pod"
-    kd_weight: float = 0.9
-    kd_temperature: float = 10.0
+    kd_weight: float | None = None
+    kd_temperature: float | None = None
     less_forget_weight: float = 5.0
     ranking_weight: float = 1.0
     batch_size: int = 64

@@ -34,8 +34,12 @@ METHOD_NAMES = {
     "der": "DER",
     "podnet": "PODNet",
     "ucir": "UCIR",
+    "icarl": "iCaRL",
+    "wa": "WA",
+    "bic": "BiC",
     "replay": "Replay",
     "finetune": "Finetune",
+    "joint": "Joint",
 }
 """Methods as figures and tables call them, in their order there."""
 

@@ -37,6 +37,7 @@ from avalanche_memo.evaluation import (
     TrainingAverages,
 )
 from avalanche_memo.models import (
+    BiasCorrectedLinear,
     CosineClassifier,
     ExpandableNetwork,
     GrowingLinear,
@@ -53,7 +54,11 @@ from avalanche_memo.training import (
     MEMO,
     MEMORY_RATES,
     UCIR,
+    WA,
+    BiC,
     Finetune,
+    ICaRL,
+    Joint,
     MemoryRates,
     PODNet,
     Replay,
@@ -222,8 +227,10 @@ def _images_per_epoch(config: Config, stream: Any) -> list[int]:
     for experience in stream:
         quota = config.exemplars_per_class or config.mem_size // max(1, seen)
         per_class = len(experience.dataset) // len(experience.classes_in_this_experience)
-        exemplars = min(int(fit * quota), per_class) * seen
-        sizes.append(len(experience.dataset) + exemplars * (config.method != "finetune"))
+        held = {"finetune": 0, "joint": per_class}.get(
+            config.method, min(int(fit * quota), per_class)
+        )
+        sizes.append(len(experience.dataset) + held * seen)
         seen += len(experience.classes_in_this_experience)
     return sizes
 
@@ -298,6 +305,7 @@ def make_network(config: Config) -> ExpandableNetwork:
     classifiers = {
         "podnet": partial(ProxyCosineClassifier, config.proxies),
         "ucir": CosineClassifier,
+        "bic": BiasCorrectedLinear,
     }
     return ExpandableNetwork(
         lambda: backbone,
@@ -342,9 +350,9 @@ def _strategy(
         "flat_weight": config.flat_weight,
         "pooling": config.pooling,
         "flat_distillation": config.flat_distillation,
-        "kd_weight": config.kd_weight,
-        "temperature": config.kd_temperature,
     }
+    kd = {"kd_weight": config.kd_weight, "temperature": config.kd_temperature}
+    distillation = {name: value for name, value in kd.items() if value is not None}
     ucir = {
         "less_forget_weight": config.less_forget_weight,
         "ranking_weight": config.ranking_weight,
@@ -352,10 +360,14 @@ def _strategy(
     method, options = {
         "memo": (MEMO, memory | auxiliary),
         "der": (DER, memory | auxiliary | sparsity),
-        "podnet": (PODNet, memory | podnet),
+        "podnet": (PODNet, memory | podnet | distillation),
         "ucir": (UCIR, memory | ucir),
+        "icarl": (ICaRL, memory | distillation),
+        "wa": (WA, memory | distillation),
+        "bic": (BiC, memory | distillation),
         "replay": (Replay, memory),
         "finetune": (Finetune, {}),
+        "joint": (Joint, {}),
     }[config.method]
     strategy = method(
         model=network,

@@ -12,13 +12,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from avalanche_memo.benchmarks import split_digits
 from avalanche_memo.training import (
+    BIC_TRAINING,
     DER_CLASSIFIER,
+    ICARL_FIRST,
+    ICARL_LATER,
+    JOINT_TRAINING,
     PODNET_BALANCED,
     PODNET_TRAINING,
+    WA_FIRST,
+    WA_LATER,
     Compression,
     Phase,
 )
 from avalanche_memo.training.checkpoint import Checkpoint
+from avalanche_memo.training.plugins import SoftmaxDistillationPlugin
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.run import main, run
@@ -275,6 +282,10 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
         ({"sparsity_weight": 1.0, "mask_s_max": 1.0}, ValueError, "s_max: expected .* above 1"),
         ({"sparsity_weight": 1.0, "mask_rate": 0.0}, ValueError, "rate: expected a positive"),
         ({"sparsity_weight": 1.0, "attention": "cbam"}, ValueError, "backbone: .* no attention"),
+        ({"method": "icarl", "kd_temperature": 0.0}, ValueError, "temperature: expected a number"),
+        ({"method": "wa", "kd_weight": -1.0}, ValueError, "weight: expected a number of at least"),
+        ({"method": "bic", "mem_size": 11}, ValueError, "mem_size: .*at least two exemplars of"),
+        ({"method": "joint", "shared_stages": 1}, ValueError, "Joint expected a network with"),
         ({"increment": 4}, ValueError, "increment: expected a divisor"),
         ({"benchmark": "cifar100", "data_root": "nowhere"}, FileNotFoundError, "download=True"),
         ({"benchmark": "image_folder", "data_root": "nowhere"}, FileNotFoundError, "train"),
@@ -354,6 +365,80 @@ def test_ucir_is_a_configuration(tmp_path):
     assert results["cnn"]["accuracy"][0] > 0.5
 
 
+BASELINES = [
+    *("--against=[]", "--backbone=convnet2", "--classes=6", "--mem_size=30"),
+    *('--first=[{"epochs": 8, "milestones": [6]}]', '--later=[{"epochs": 8, "milestones": [6]}]'),
+]
+
+
+def test_baselines_lie_between_finetuning_and_joint_training(tmp_path):
+    last, average, names = {}, {}, []
+    for method in ("finetune", "replay", "icarl", "wa", "bic", "joint"):
+        folder = ["--method", method, "--run_folder", str(tmp_path / method)]
+        results = run(parse([*BASELINES, *folder]))
+        # iCaRL's readout is the nearest mean of exemplars.
+        readout = results["nme" if method == "icarl" else "cnn"]
+        last[method], average[method] = readout["last"], readout["average"]
+        names.append(accuracy_table([results]).splitlines()[2].split()[1])
+    assert names == ["Finetune", "Replay", "iCaRL", "WA", "BiC", "Joint"]
+    assert last["joint"] > last["replay"] + 0.1
+    assert last["replay"] > last["finetune"] + 0.1
+    for method in ("icarl", "wa", "bic"):
+        assert last["finetune"] + 0.1 < last[method] <= last["joint"]
+        assert average["finetune"] < average[method] <= average["joint"]
+    assert last["bic"] > last["replay"]
+
+
+@pytest.mark.parametrize("method", ["bic", "joint"])
+def test_baselines_go_on_and_start_from_another(method, tmp_path):
+    options = [*BASELINES, "--method", method, '--first=[{"epochs": 2}]', "--classes=4"]
+    later, other = '--later=[{"epochs": 3}]', '--later=[{"epochs": 1}]'
+    run(parse([*options, later, "--run_folder", str(tmp_path / "whole")]))
+    stop_after(parse([*options, later, "--run_folder", str(tmp_path / "cut")]), epochs=2 + 1 + 2)
+    run(parse([*options, later, "--run_folder", str(tmp_path / "cut")]))
+    assert without_times(tmp_path / "cut") == without_times(tmp_path / "whole")
+    run(parse([*options, other, "--run_folder", str(tmp_path / "donor")]))
+    start = ["--start_from", str(tmp_path / "donor"), "--run_folder", str(tmp_path / "begun")]
+    run(parse([*options, later, *start]))
+    assert without_times(tmp_path / "begun") == without_times(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "later"),
+    [
+        ("icarl", ICARL_FIRST, ICARL_LATER),
+        ("wa", WA_FIRST, WA_LATER),
+        ("bic", BIC_TRAINING, BIC_TRAINING),
+        ("joint", JOINT_TRAINING, JOINT_TRAINING),
+    ],
+)
+def test_the_shipped_configurations_of_baselines(method, first, later):
+    config = parse(["--config", str(CONFIGS / f"{method}_cifar100_b0_inc10.yaml")])
+    assert (config.method, config.base, config.increment) == (method, 0, 10)
+    assert (config.first, config.later, config.batch_size) == ([first], [later], 128)
+
+
+@pytest.mark.parametrize(
+    ("method", "weight", "temperature"),
+    [("podnet", 0.9, 10.0), ("icarl", 1.0, 2.0), ("wa", 1.0, 2.0), ("bic", 1.0, 2.0)],
+)
+def test_distillation_is_the_methods_own_unless_given(
+    method, weight, temperature, tmp_path, monkeypatch
+):
+    found = []
+
+    def note(plugin, strategy, **kwargs):
+        found.append((plugin.weight, plugin.temperature))
+
+    monkeypatch.setattr(SoftmaxDistillationPlugin, "before_training", note)
+    options = [*BASELINES, "--classes=2", '--first=[{"epochs": 1}]', "--flat_distillation=kd"]
+    options += ["--proxies=1", "--method", method, "--run_folder"]
+    run(parse([*options, str(tmp_path / "own")]))
+    given = ["--kd_weight=0.3", "--kd_temperature=4"]
+    run(parse([*options, str(tmp_path / "given"), *given]))
+    assert found == [(weight, temperature), (0.3, 4.0)]
+
+
 def test_the_shipped_podnet_configurations():
     config = parse(["--config", str(CONFIGS / "podnet_cifar100_b50_inc10.yaml")])
     assert (config.method, config.base, config.increment) == ("podnet", 50, 10)
@@ -366,7 +451,7 @@ def test_the_shipped_podnet_configurations():
     assert replace(short, first=config.first, later=config.later) == config
 
 
-@pytest.mark.parametrize("method", ["memo", "der", "replay", "podnet"])
+@pytest.mark.parametrize("method", ["memo", "der", "replay", "podnet", "bic"])
 def test_real_cifar_100(cifar100_root, tmp_path, method):
     results = run(
         parse(
