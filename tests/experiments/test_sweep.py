@@ -12,12 +12,17 @@ import pytest
 from avalanche_memo.budget import parameter_bytes
 from avalanche_memo.models import cifar_resnet, convnet2
 from avalanche_memo.training import (
+    BIC_TRAINING,
     DER_CLASSIFIER,
     DER_REPRESENTATION,
+    ICARL_FIRST,
+    ICARL_LATER,
     MEMO_FIRST,
     MEMO_LATER,
     PODNET_BALANCED,
     PODNET_TRAINING,
+    WA_FIRST,
+    WA_LATER,
     Phase,
 )
 from experiments import sweep as module
@@ -142,8 +147,9 @@ def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch):
         run_all(load(write(tmp_path)))
 
 
-def test_the_shipped_sweep_compares_at_equal_bytes():
-    sweep = load(CONFIGS / "sweep_cifar100_b0_inc10.yaml")
+@pytest.mark.parametrize("schedule", ["", "_short"])
+def test_the_shipped_sweep_compares_at_equal_bytes(schedule):
+    sweep = load(CONFIGS / f"sweep_cifar100_b0_inc10{schedule}.yaml")
     image = 32 * 32 * 3
     # In bytes: ten of DER's backbones, or at the smallest one ResNet-32, and 2000 exemplars.
     budgets = {"7.6MB": 7998016, "12.4MB": 13018240, "16.1MB": 16906880}
@@ -159,10 +165,17 @@ def test_the_shipped_sweep_compares_at_equal_bytes():
         budget = budgets[name.split("-")[1]]
         assert abs(budget - model - config.mem_size * image) < image, name
         assert f"{budget / 2**20:.1f}MB" == name.split("-")[1]
-    assert len(sweep.runs) == 4 * 5 * 3
+    assert len(sweep.runs) == (5 * 3 if schedule else 7 * 5 * 3)
+
+
+def test_the_shipped_cifar_100_sweep_has_the_published_schedules():
+    sweep = load(CONFIGS / "sweep_cifar100_b0_inc10.yaml")
     phases = {config.method: (config.first, config.later) for config in sweep.runs.values()}
     assert phases["memo"] == phases["replay"] == ([MEMO_FIRST], [MEMO_LATER])
     assert phases["der"] == ([DER_REPRESENTATION], [DER_REPRESENTATION, DER_CLASSIFIER])
+    assert phases["icarl"] == ([ICARL_FIRST], [ICARL_LATER])
+    assert phases["wa"] == ([WA_FIRST], [WA_LATER])
+    assert phases["bic"] == ([BIC_TRAINING], [BIC_TRAINING])
     assert phases["podnet"] == ([PODNET_TRAINING], [PODNET_TRAINING, PODNET_BALANCED])
 
 
