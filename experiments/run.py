@@ -342,8 +342,10 @@ def _strategy(
         "mask_rate": config.mask_rate,
     }
     if config.method == "memo" and network.masked:
-        weight, s_max, rate = sparsity.values()
-        plugins = [*plugins, SparsityPlugin(weight, s_max=s_max, rate=rate)]
+        pruning = SparsityPlugin(
+            config.sparsity_weight, s_max=config.mask_s_max, rate=config.mask_rate
+        )
+        plugins = [*plugins, pruning]
     podnet = {
         "nca": config.nca,
         "pod_weight": config.pod_weight,

@@ -28,8 +28,6 @@ from avalanche_memo.evaluation.functional import (
     forgetting_rate,
     group_classes,
 )
-from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.models.channel_mask import channel_mask
 
 __all__ = [
     "ChannelMasks",
@@ -64,6 +62,11 @@ class _HasClassMeans(Protocol):
 class _HasExemplarBytes(Protocol):
     @property
     def exemplar_bytes(self) -> int: ...
+
+
+@runtime_checkable
+class _HasMasks(Protocol):
+    def masks(self) -> Sequence[Any]: ...
 
 
 class ClassIncrementalAccuracy(PluginMetric):
@@ -393,10 +396,12 @@ class ChannelMasks(PluginMetric):
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
         """Emit the masks."""
-        layers = strategy.model.masks() if isinstance(strategy.model, ExpandableNetwork) else []
+        layers = strategy.model.masks() if isinstance(strategy.model, _HasMasks) else []
         name = get_metric_name("ChannelMask", strategy)
         self._last = {
-            f"{name}/{layer.name}": channel_mask(layer.norm.embedding, layer.norm.scale).cpu()
+            f"{name}/{layer.name}": torch.sigmoid(
+                layer.norm.scale * layer.norm.embedding.detach()
+            ).cpu()
             for layer in layers
         }
         x = strategy.clock.train_iterations
