@@ -42,11 +42,14 @@ def cbam(x, first, second, kernel):
     return torch.stack(refined)
 
 
-@pytest.mark.parametrize("channels", [16, 32, 8])
-def test_cbam_is_the_published_formula(channels):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "height", "width"), [(16, 5, 4), (32, 9, 11), (8, 1, 2), (8, 3, 1)]
+)
+def test_cbam_is_the_published_formula(channels, height, width, layout):
     torch.manual_seed(0)
-    module = CBAM(channels)
-    x = torch.randn(2, channels, 5, 4, requires_grad=True)
+    module = CBAM(channels).to(memory_format=layout)
+    x = torch.randn(2, channels, height, width).to(memory_format=layout).requires_grad_()
     twin = x.detach().double().requires_grad_()
     weights = [p.detach().double().requires_grad_() for p in module.parameters()]
     ours, expected = module(x), cbam(twin, weights[0], weights[1], weights[2][0])
