@@ -108,8 +108,12 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def reset_mask(self) -> None:
-        """Draw the embedding from the standard normal distribution, as HAT does."""
-        self.embedding.normal_()
+        """Draw the embedding from 0 to 2: every channel starts open.
+
+        So does HAT in its compression experiments (the authors' released code); its others start
+        from the standard normal distribution, which closes every second channel at once.
+        """
+        self.embedding.uniform_(0, 2)
 
     def open_channels(self) -> Tensor:
         """Return which channels ``[C]`` are open: where the embedding is positive.

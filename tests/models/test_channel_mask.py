@@ -121,12 +121,13 @@ def test_where_all_channels_would_close_one_is_open(embedding):
     assert masked_norm(embedding).eval().mask().tolist() == [0, 1, 0]
 
 
-def test_embeddings_are_drawn_from_a_normal_distribution():
+def test_embeddings_are_drawn_open():
     torch.manual_seed(0)
     masked = MaskedBatchNorm2d(10_000)
     for _ in range(2):
-        assert masked.embedding.mean().item() == pytest.approx(0, abs=0.04)
-        assert masked.embedding.std().item() == pytest.approx(1, abs=0.03)
+        assert 0 <= masked.embedding.min() < 0.01
+        assert 1.99 < masked.embedding.max() <= 2
+        assert masked.embedding.mean().item() == pytest.approx(1, abs=0.04)
         before = masked.embedding.detach().clone()
         masked.reset_mask()
         assert not torch.equal(masked.embedding, before)

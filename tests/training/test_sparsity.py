@@ -203,6 +203,7 @@ def test_der_on_digits_with_pruning(tmp_path):
     strategy = der(
         model,
         sparsity_weight=1.0,
+        mask_rate=100,
         mem_size=100,
         train_mb_size=64,
         first_phases=[Phase(4)],
