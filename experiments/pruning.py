@@ -1,8 +1,9 @@
 """What pruning leaves of a run's network, and what that saves: parameters, channels, latency.
 
 ``python -m experiments.pruning RUN_FOLDER [RUN_FOLDER ...] --out DIR`` reads run folders of one
-protocol and writes ``pruning.md``, ``pruning.json`` and ``pruning.png``. Latency is measured on
-networks of the runs' structure, pruned and not in turn. Leave the machine alone meanwhile.
+protocol, among them perhaps one without pruning, and writes ``pruning.md``, ``pruning.json`` and
+``pruning.png``. Latency is measured on networks of the runs' structure, pruned and not in turn.
+Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -28,12 +29,12 @@ BATCHES = (1, 128)
 
 
 def report(folder: Path, device: str, rounds: int) -> dict[str, Any]:
-    """Return what a run's pruning left, as plain data.
+    """Return what a run's pruning left, as plain data; of a run without pruning, what it has.
 
     :param folder: a run folder with at least one finished experience.
     :param device: where latency is measured.
     :param rounds: measurements of each latency.
-    :raises ValueError: if the folder holds no run, or none with pruning.
+    :raises ValueError: if the folder holds no run, or one of a network that does not expand.
     """
     for name in ("config.yaml", "results.json", "checkpoint.pt"):
         if not (folder / name).exists():
@@ -42,14 +43,14 @@ def report(folder: Path, device: str, rounds: int) -> dict[str, Any]:
     results = json.loads((folder / "results.json").read_text())
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     structure = state["state"]["model"]["_extra_state"]
-    if not structure.get("kept"):
-        raise ValueError(f"folder: expected a run with a sparsity_weight, got {folder}")
+    if config.method not in ("der", "memo"):
+        raise ValueError(f"folder: expected a run of DER or MEMO, got {config.method} in {folder}")
+    sides = {"unpruned": replace(config, sparsity_weight=0.0)}
+    if config.sparsity_weight:
+        sides = {"pruned": config, **sides}
     rows: list[dict[str, Any]] = []
-    for n in range(1, len(structure["kept"]) + 1):
-        networks = {
-            "pruned": _network(config, structure, n),
-            "unpruned": _network(replace(config, sparsity_weight=0.0), structure, n),
-        }
+    for n in range(1, len(results["classes"]) + 1):
+        networks = {side: _network(own, structure, n) for side, own in sides.items()}
         row: dict[str, Any] = {
             "parameters": {k: parameter_bytes(v) // 4 for k, v in networks.items()},
             "inference_bytes": {k: inference_bytes(v) for k, v in networks.items()},
@@ -63,7 +64,7 @@ def report(folder: Path, device: str, rounds: int) -> dict[str, Any]:
         "config": config.identity(),
         "accuracy": {k: results[k]["accuracy"] for k in ("cnn", "nme") if k in results},
         "experiences": rows,
-        "survival": survival(config, structure["kept"]),
+        "survival": survival(config, structure["kept"]) if config.sparsity_weight else {},
         "machine": f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}",
     }
@@ -112,8 +113,27 @@ def survival(config: Config, kept: Sequence[Sequence[Sequence[int]]]) -> dict[st
 
 
 def tables(reports: Sequence[dict[str, Any]]) -> str:
-    """Return the reports as Markdown tables."""
-    return "\n".join(line for each in reports for line in _lines(each))
+    """Return the reports as Markdown tables: all runs after the last experience, then each."""
+    readouts = reports[0]["accuracy"]
+    head = ["", *(f"{r.upper()} {what}, %" for r in readouts for what in ("average", "last"))]
+    head += ["parameters, thousands", "kept, %", f"ms per image, batches of {BATCHES[-1]}"]
+    lines = ["After the last experience, beside a network without pruning:", ""]
+    lines += _table([*head, "of the unpruned, %"])
+    for each in reports:
+        accuracies = [100 * np.array(each["accuracy"][readout]) for readout in readouts]
+        cells = [f"{v:.2f}" for found in accuracies for v in (found.mean(), found[-1])]
+        last = each["experiences"][-1]
+        counts, milliseconds = (
+            [values.get(side, values["unpruned"]) for side in ("pruned", "unpruned")]
+            for values in (
+                {side: count / 1e3 for side, count in last["parameters"].items()},
+                {side: 1e3 * found[1] for side, found in last["latency"][BATCHES[-1]].items()},
+            )
+        )
+        cells += [f"{counts[0]:,.1f}", f"{100 * counts[0] / counts[1]:.1f}"]
+        cells += [f"{milliseconds[0]:.3g}", f"{100 * milliseconds[0] / milliseconds[1]:.0f}"]
+        lines.append(_line([each["run"], *cells]))
+    return "\n".join([*lines, "", *(line for each in reports for line in _lines(each))])
 
 
 def _lines(each: dict[str, Any]) -> list[str]:
@@ -121,7 +141,7 @@ def _lines(each: dict[str, Any]) -> list[str]:
     numbers = [str(i + 1) for i in range(len(rows))]
     lines = [f"## {each['run']}", "", "Parameters, in thousands:", ""]
     lines += _table(["", *numbers, "sum", "mean", "final"])
-    for side in ("pruned", "unpruned"):
+    for side in rows[0]["parameters"]:
         counts = [row["parameters"][side] / 1e3 for row in rows]
         summary = [sum(counts), sum(counts) / len(counts), counts[-1]]
         lines.append(_line([side, *(f"{count:,.1f}" for count in counts + summary)]))
@@ -132,14 +152,15 @@ def _lines(each: dict[str, Any]) -> list[str]:
     lines += ["", "Latency per image, in ms: median (10 % to 90 %):", ""]
     lines += _table(["batch", "", *numbers])
     for batch in BATCHES:
-        for side in ("pruned", "unpruned"):
+        for side in rows[0]["parameters"]:
             cells = []
             for row in rows:
                 low, median, high = (1e3 * value for value in row["latency"][batch][side])
                 cells.append(f"{median:.3g} ({low:.3g} to {high:.3g})")
             lines.append(_line([str(batch), side, *cells]))
-    lines += ["", each["machine"] + ".", "", "Channels kept by each block, in %:", ""]
-    lines += _table(["layer", *numbers])
+    lines += ["", each["machine"] + "."]
+    if each["survival"]:
+        lines += ["", "Channels kept by each block, in %:", "", *_table(["layer", *numbers])]
     for layer, parts in each["survival"].items():
         lines.append(_line([layer, *(f"{100 * part:.0f}" for part in parts)]))
     return [*lines, ""]
@@ -154,27 +175,40 @@ def _table(head: Sequence[str]) -> list[str]:
 
 
 def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw parameters and latency against the number of experiences."""
-    figure = new_figure(10.8, 3.6)
-    axes = figure.subplots(1, 1 + len(BATCHES))
+    """Draw accuracy, parameters and latency against the number of experiences.
+
+    The network without pruning is drawn once, as the first run has it.
+    """
+    figure = new_figure(14.4, 3.6)
+    accuracy, *axes = figure.subplots(1, 2 + len(BATCHES))
+    readout = next(iter(reports[0]["accuracy"]))
     for index, each in enumerate(reports):
         rows = each["experiences"]
         numbers = range(1, len(rows) + 1)
-        for side, style in (("unpruned", "--"), ("pruned", "-")):
-            look = {"linestyle": style, "color": f"C{index}", "marker": "o", "markersize": 3}
-            label = f"{each['run']}, {side}"
+        colour = f"C{index}" if each["survival"] else "black"
+        values = [100 * value for value in each["accuracy"][readout]]
+        accuracy.plot(numbers, values, color=colour, marker="o", markersize=3)
+        for side in rows[0]["parameters"]:
+            if side == "unpruned" and index:
+                continue
+            pruned = side == "pruned"
+            look: dict[str, Any] = {"color": colour if pruned else "black", "markersize": 3}
+            look |= {"linestyle": "-" if pruned else "--", "marker": "o"}
+            label = each["run"] if pruned or not each["survival"] else "without pruning"
             counts = [row["parameters"][side] / 1e6 for row in rows]
             axes[0].plot(numbers, counts, label=label, **look)
             for batch, panel in zip(BATCHES, axes[1:], strict=True):
                 low, median, high = 1e3 * np.array([row["latency"][batch][side] for row in rows]).T
                 panel.plot(numbers, median, label=label, **look)
-                panel.fill_between(numbers, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+                panel.fill_between(numbers, low, high, color=look["color"], alpha=0.15, linewidth=0)
+    accuracy.set_title(f"accuracy ({readout.upper()}, %)", fontsize=10)
     titles = ["parameters (millions)"]
     titles += [f"latency per image, batches of {batch} (ms)" for batch in BATCHES]
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title, fontsize=10)
-        panel.set_xlabel("experiences")
         panel.set_ylim(bottom=0)
+    for panel in (accuracy, *axes):
+        panel.set_xlabel("experiences")
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     save_figure(figure, path)

@@ -25,9 +25,16 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reported(finished, tmp_path_factory) -> Path:
+def unpruned(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "der-whole"
+    run(parse([*ARGUMENTS, "--sparsity_weight=0", "--run_folder", str(folder)]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reported(finished, unpruned, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    main([str(finished), str(finished), "--out", str(out), "--rounds", "3"])
+    main([str(unpruned), str(finished), "--out", str(out), "--rounds", "3"])
     return out
 
 
@@ -38,9 +45,9 @@ def kept_of(folder: Path) -> list[list[list[int]]]:
 
 def test_parameters_are_those_of_the_runs_results(finished, reported):
     results = json.loads((finished / "results.json").read_text())
-    first, second = json.loads((reported / "pruning.json").read_text())
-    assert len(first["experiences"]) == 3
-    for n, (row, memory) in enumerate(zip(first["experiences"], results["bytes"], strict=True), 1):
+    whole, pruned = json.loads((reported / "pruning.json").read_text())
+    assert len(pruned["experiences"]) == 3
+    for n, (row, memory) in enumerate(zip(pruned["experiences"], results["bytes"], strict=True), 1):
         assert 4 * row["parameters"]["pruned"] == memory["parameter_bytes"]
         assert row["inference_bytes"]["pruned"] == memory["inference_bytes"]
         # ResNet-8 on one channel, by hand: convolutions and norms; the head grows with both.
@@ -49,34 +56,48 @@ def test_parameters_are_those_of_the_runs_results(finished, reported):
         block += conv(16, 32) + conv(32, 32) + conv(32, 64) + conv(64, 64)
         head = 2 * n * 64 * n + 2 * n
         assert row["parameters"]["unpruned"] == n * block + head
-    assert first["experiences"][0]["parameters"] == second["experiences"][0]["parameters"]
+        assert whole["experiences"][n - 1]["parameters"] == {"unpruned": n * block + head}
 
 
 def test_survival_is_counted_in_the_checkpoint(finished, reported):
-    (report, _) = json.loads((reported / "pruning.json").read_text())
+    (whole, report) = json.loads((reported / "pruning.json").read_text())
     kept = kept_of(finished)
     widths = [16, 16, 16, 32, 32, 64, 64]
     expected = [[len(block[i]) / width for block in kept] for i, width in enumerate(widths)]
     assert list(report["survival"].values()) == expected
+    assert whole["survival"] == {}
     assert 0 < min(map(min, expected)) < 1
 
 
 def test_latency_is_measured_for_both_and_each_number_of_experiences(reported):
-    (report, _) = json.loads((reported / "pruning.json").read_text())
+    (whole, report) = json.loads((reported / "pruning.json").read_text())
     for row in report["experiences"]:
         for batch in ("1", "128"):
             assert set(row["latency"][batch]) == {"pruned", "unpruned"}
             for low, median, high in row["latency"][batch].values():
                 assert 0 < low <= median <= high
+    assert set(whole["experiences"][0]["latency"]["1"]) == {"unpruned"}
 
 
 def test_the_table_and_the_figure(finished, reported):
-    (report, _) = json.loads((reported / "pruning.json").read_text())
+    (_, report) = json.loads((reported / "pruning.json").read_text())
     text = (reported / "pruning.md").read_text()
     counts = [row["parameters"]["pruned"] / 1e3 for row in report["experiences"]]
     cells = [*counts, sum(counts), sum(counts) / 3, counts[-1]]
     assert f"| pruned | {' | '.join(f'{c:,.1f}' for c in cells)} |" in text
-    assert text.count("## der-pruned") == 2
+    assert "## der-whole" in text
+    assert "## der-pruned" in text
+    rows = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in text.splitlines()[:6]}
+    last = report["experiences"][-1]
+    kept = 100 * last["parameters"]["pruned"] / last["parameters"]["unpruned"]
+    accuracies = [100 * sum(report["accuracy"][r]) / 3 for r in ("cnn", "nme")]
+    row = rows["| der-pruned"]
+    assert [row[1], row[3]] == [f"{value:.2f}" for value in accuracies]
+    assert row[6] == f"{kept:.1f}"
+    assert row[5] == f"{last['parameters']['pruned'] / 1e3:,.1f}"
+    median = {side: found[1] for side, found in last["latency"]["128"].items()}
+    assert row[8] == f"{100 * median['pruned'] / median['unpruned']:.0f}"
+    assert [rows["| der-whole"][i] for i in (6, 8)] == ["100.0", "100"]
     assert (reported / "pruning.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -91,19 +112,19 @@ def test_the_measured_network_has_the_runs_structure(finished):
     assert len(survival(config, network.kept)) == len(network.masks())
 
 
-def test_refuses_what_is_no_run_with_pruning(finished, tmp_path, capsys):
-    unpruned = tmp_path / "unpruned"
-    shutil.copytree(finished, unpruned)
-    content = torch.load(unpruned / "checkpoint.pt", weights_only=True)
-    content["state"]["model"]["_extra_state"].pop("kept")
-    torch.save(content, unpruned / "checkpoint.pt")
+def test_refuses_what_cannot_be_pruned(finished, tmp_path, capsys):
+    single = tmp_path / "single"
+    shutil.copytree(finished, single)
+    config = (single / "config.yaml").read_text()
+    config = config.replace("method: der", "method: wa").replace("sparsity_weight: 1", "seed: 1")
+    (single / "config.yaml").write_text(config.replace("seed: 0\n", ""))
     for folder, expected in (
-        (unpruned, "a run with a sparsity_weight"),
-        (tmp_path, "a run folder with config.yaml"),
+        (single, f"a run of DER or MEMO, got wa in {single}"),
+        (tmp_path, f"a run folder with config.yaml, got {tmp_path}"),
     ):
         with pytest.raises(SystemExit):
             main([str(folder), "--out", str(tmp_path / "out")])
-        assert f"folder: expected {expected}, got {folder}" in capsys.readouterr().err
+        assert f"folder: expected {expected}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
