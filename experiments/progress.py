@@ -12,10 +12,11 @@ class ProgressBar(SupervisedPlugin):
     """Shows the images trained on of all that the run will train on.
 
     :param title: what is trained.
-    :param sizes: images of an epoch of each experience, exemplars included.
+    :param sizes: of each experience, images of an epoch on all data, exemplars included, and on as
+        many of each class.
     """
 
-    def __init__(self, title: str, sizes: list[int]) -> None:
+    def __init__(self, title: str, sizes: list[tuple[int, int]]) -> None:
         super().__init__()
         self.title = title
         self.sizes = sizes
@@ -25,16 +26,18 @@ class ProgressBar(SupervisedPlugin):
         """Open the bar when training begins, or goes on, and say where it is."""
         done = strategy.clock.train_exp_counter
         if self.bar is None:
-            epochs = [
-                sum(phase.epochs for phase in phases)
-                for phases in (strategy.first_phases, strategy.later_phases)
+            images = [
+                [
+                    min(size[phase.data != "all"], phase.images or size[0])
+                    for phase in (strategy.later_phases if i else strategy.first_phases)
+                    for _ in range(phase.epochs)
+                ]
+                for i, size in enumerate(self.sizes)
             ]
-            images = [size * epochs[i > 0] for i, size in enumerate(self.sizes)]
-            before = (
-                sum(images[:done])
-                + images[done] * strategy.clock.train_exp_epochs // epochs[done > 0]
-            )
-            self.bar = tqdm(total=sum(images), initial=before, unit="img", unit_scale=True)
+            before = sum(map(sum, images[:done]))
+            before += sum(images[done][: strategy.clock.train_exp_epochs])
+            total = sum(map(sum, images))
+            self.bar = tqdm(total=total, initial=before, unit="img", unit_scale=True)
         phase, epoch = strategy.phase, strategy.phase_epoch + 1
         self.bar.set_description(
             f"{self.title} experience {done + 1}/{len(self.sizes)}, epoch {epoch}/{phase.epochs}"

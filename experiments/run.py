@@ -216,8 +216,11 @@ class _Stopwatch(SupervisedPlugin):
         self.extra["elapsed"] = self.read()
 
 
-def _images_per_epoch(config: Config, stream: Any) -> list[int]:
-    """Return, for the progress bar, about how many images each experience's epochs have."""
+def _images_per_epoch(config: Config, stream: Any) -> list[tuple[int, int]]:
+    """Return, for the progress bar, about how many images each experience's epochs have.
+
+    :return: of an epoch on all data, and on as many images of each class.
+    """
     sizes, seen, fit = [], 0, 1.0
     data = stream[0].dataset
     if config.compression is not None:
@@ -230,8 +233,9 @@ def _images_per_epoch(config: Config, stream: Any) -> list[int]:
         held = {"finetune": 0, "joint": per_class}.get(
             config.method, min(int(fit * quota), per_class)
         )
-        sizes.append(len(experience.dataset) + held * seen)
+        everything = len(experience.dataset) + held * seen
         seen += len(experience.classes_in_this_experience)
+        sizes.append((everything, held * seen))
     return sizes
 
 

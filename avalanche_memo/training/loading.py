@@ -62,6 +62,7 @@ logger = logging.getLogger("avalanche_memo")
 
 def shuffled_loader(
     strategy: Any,
+    images: int | None = None,
     num_workers: int = 0,
     shuffle: bool = True,
     pin_memory: bool | None = None,
@@ -72,13 +73,19 @@ def shuffled_loader(
     """Return a loader of a strategy's adapted data, every sample once an epoch.
 
     Avalanche's default loader instead fixes each task label's share of a batch, and repeats the
-    samples of the smaller tasks. The arguments are those of `strategy.train`.
+    samples of the smaller tasks.
+
+    :param strategy: the strategy.
+    :param images: how many samples an epoch has at most, drawn anew each time.
+    :param kwargs: this and the other arguments are those of `strategy.train`.
     """
     dataset = strategy.adapted_dataset
+    part = images is not None and images < len(dataset)
     return DataLoader(
         dataset,
         batch_size=strategy.train_mb_size,
-        shuffle=shuffle,
+        shuffle=None if part else shuffle,
+        sampler=RandomSampler(dataset, num_samples=images) if part else None,
         collate_fn=dataset.collate_fn,
         num_workers=num_workers,
         persistent_workers=persistent_workers and num_workers > 0,
@@ -174,6 +181,8 @@ class ResidentLoader:
     :param probability: see ``others``.
     :param batch_size: images per batch.
     :param shuffle: whether each epoch has a new order.
+    :param samples: how many samples an epoch has, drawn anew each time if it is shuffled; all where
+        it is not given.
     :param device: where the images and the batches live.
     :param channels_last: whether x has the channels-last memory format.
     """
@@ -188,6 +197,7 @@ class ResidentLoader:
         probability: float = 0.0,
         batch_size: int,
         shuffle: bool,
+        samples: int | None = None,
         device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> None:
@@ -198,14 +208,16 @@ class ResidentLoader:
         self.image_size: tuple[int, int] = (images.shape[2], images.shape[3])
         self.images = recipe.store(images.to(device))
         self.labels = [label.to(device) for label in labels]
+        self.samples = len(self.labels[0]) if samples is None else samples
         self.others, self.probability = others, probability
 
     def __len__(self) -> int:
-        return math.ceil(len(self.labels[0]) / self.batch_size)
+        return math.ceil(self.samples / self.batch_size)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        n, device = len(self.labels[0]), self.images.device
-        order = torch.randperm(n) if self.shuffle else torch.arange(n)
+        n, device = self.samples, self.images.device
+        everything = len(self.labels[0])
+        order = (torch.randperm(everything) if self.shuffle else torch.arange(everything))[:n]
         source = order
         if self.others is not None:
             source = torch.where(torch.rand(n) < self.probability, self.others[order], order)
@@ -304,6 +316,7 @@ def _make(
     *,
     batch_size: int,
     shuffle: bool,
+    samples: int | None = None,
     device: torch.device | str,
     byte_limit: int,
     channels_last: bool,
@@ -365,8 +378,8 @@ def _make(
             raise UnsupportedError("a crop larger than the image")
         height, width = op.output_size(height, width)
     first_of_leaf = {id(part.leaf): int(part.positions[0]) for part in reversed(parts)}
-    samples = {0, n // 2, n - 1, *(first for first in first_of_leaf.values() if first < n)}
-    _check(dataset, images, labels, recipe, others, probability, samples)
+    compared = {0, n // 2, n - 1, *(first for first in first_of_leaf.values() if first < n)}
+    _check(dataset, images, labels, recipe, others, probability, compared)
     return ResidentLoader(
         images,
         labels,
@@ -375,6 +388,7 @@ def _make(
         probability=probability,
         batch_size=batch_size,
         shuffle=shuffle,
+        samples=samples,
         device=device,
         channels_last=channels_last,
     )
@@ -426,36 +440,40 @@ _AVALANCHE_LOADERS = (
 )
 
 
-def _plain(loader: Any) -> tuple[Any, int, bool]:
-    """Return a loader's data set, batch size and shuffling, if it does nothing but batch.
+def _plain(loader: Any) -> tuple[Any, int, bool, int | None]:
+    """Return what a loader batches, if it does nothing else.
+
+    :return: the data set, the batch size, whether epochs are shuffled, how many samples one has.
 
     :raises UnsupportedError: if it mixes groups, samples in its own way or drops samples.
     """
     name = type(loader).__name__
+    batch_size: Any
+    samples: int | None = None
     if type(loader) in _AVALANCHE_LOADERS:
         if len(loader.datasets) != 1 or loader.never_ending or loader.distributed_sampling:
             raise UnsupportedError(f"{name} composes its batches itself")
         dataset, options = loader.datasets[0], loader.loader_kwargs
         if options.get("drop_last") or options.get("sampler") or options.get("batch_sampler"):
             raise UnsupportedError(f"{name} samples in its own way")
+        batch_size, shuffle = loader.batch_sizes[0], bool(options.get("shuffle", False))
         collate = options["collate_fn"]
-        plain = dataset, loader.batch_sizes[0], bool(options.get("shuffle", False))
     elif type(loader) is DataLoader:
         sampler: Any = loader.sampler
         once = type(sampler) is SequentialSampler or (
             type(sampler) is RandomSampler
             and not sampler.replacement
-            and sampler.num_samples == len(sampler.data_source)
+            and sampler.num_samples <= len(sampler.data_source)
         )
         if not once or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
             raise UnsupportedError("the DataLoader samples in its own way")
-        collate = loader.collate_fn
-        plain = loader.dataset, loader.batch_size, type(sampler) is RandomSampler
+        dataset, batch_size, samples = loader.dataset, loader.batch_size, len(sampler)
+        shuffle, collate = type(sampler) is RandomSampler, loader.collate_fn
     else:
         raise UnsupportedError(f"{name} composes its batches itself")
     if collate is not default_collate:
         raise UnsupportedError(f"{name} has a collate function of its own")
-    return plain
+    return dataset, batch_size, shuffle, samples
 
 
 def _keep_workers(loader: Any) -> Any:
@@ -538,11 +556,12 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
 
     def _replace(self, strategy: Any, what: str, least_batch: int, num_workers: int) -> None:
         try:
-            dataset, batch_size, shuffle = _plain(strategy.dataloader)
+            dataset, batch_size, shuffle, samples = _plain(strategy.dataloader)
             strategy.dataloader = loader = _make(
                 dataset,
                 batch_size=max(batch_size, least_batch),
                 shuffle=shuffle,
+                samples=samples,
                 device=strategy.device,
                 byte_limit=self.byte_limit,
                 channels_last=self.channels_last,

@@ -39,6 +39,8 @@ class Phase:
     :param data: ``"all"``; or a random ``"balanced"`` subset in which each class has as many
         samples as the rarest; or, where the classifier alone learns, the ``"exemplars"`` that the
         memory will hold after the experience: their choice depends on the features alone.
+    :param images: of these, how many an epoch has at most, drawn anew each time; so epochs can have
+        equally many steps however much a memory holds.
     :param temperature: what the logits are divided by in the loss.
     :param reset_classifier: whether the classifier starts afresh.
     :raises ValueError: if a value is outside its range.
@@ -53,6 +55,7 @@ class Phase:
     warmup_epochs: int = 0
     learns: Literal["all", "classifier"] = "all"
     data: Literal["all", "balanced", "exemplars"] = "all"
+    images: int | None = None
     temperature: float = 1.0
     reset_classifier: bool = False
 
@@ -97,6 +100,12 @@ class Phase:
             "data",
             "'exemplars' only where learns is 'classifier'",
             self.data,
+        )
+        _check(
+            self.images is None or self.images >= 1,
+            "images",
+            "a number of at least 1 or None",
+            self.images,
         )
         _check(self.temperature > 0, "temperature", "a positive number", self.temperature)
 
@@ -208,8 +217,12 @@ class IncrementalTemplate(SupervisedTemplate):
         self.optimized_param_id: dict[str, Any] = {}
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
-        """Make the loader: every sample once an epoch, shuffled, whatever the task labels."""
-        self.dataloader = shuffled_loader(self, **kwargs)
+        """Make the loader: every sample once an epoch, shuffled, whatever the task labels.
+
+        Or as many samples as the phase says.
+        """
+        images = None if self.phase is None else self.phase.images
+        self.dataloader = shuffled_loader(self, images, **kwargs)
 
     def criterion(self) -> Any:
         """Return the main loss, at the phase's temperature while training."""
@@ -269,7 +282,7 @@ class IncrementalTemplate(SupervisedTemplate):
             self.adapted_dataset = self.adapted_dataset.subset(chosen.tolist())
         elif phase.data == "exemplars":
             self.adapted_dataset = self._memories[0].exemplars_after(self)
-        if phase.data != "all":
+        if phase.data != "all" or phase.images is not None:
             self.make_train_dataloader(**kwargs)
             for plugin in self._loading:
                 plugin.before_training_exp(self, **kwargs)

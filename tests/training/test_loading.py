@@ -543,7 +543,11 @@ def loader_cases():
             DataLoader(dataset, 4, sampler=RandomSampler(dataset, replacement=True)),
             False,
         ),
-        "a part": (DataLoader(dataset, 4, sampler=RandomSampler(dataset, num_samples=5)), False),
+        "a part": (DataLoader(dataset, 4, sampler=RandomSampler(dataset, num_samples=5)), True),
+        "more than all": (
+            DataLoader(dataset, 4, sampler=RandomSampler(dataset, num_samples=99)),
+            False,
+        ),
         "collate": (DataLoader(dataset, 4, collate_fn=list), False),
         "group drops last": (
             TaskBalancedDataLoader(dataset, batch_size=4, drop_last=True),
@@ -562,7 +566,9 @@ def test_only_plain_loaders_are_replaced(name):
     assert replaced or strategy.dataloader is loader
     if replaced:
         assert strategy.dataloader.batch_size == 4
-        assert strategy.dataloader.shuffle is (name == "plain")
+        assert strategy.dataloader.shuffle is (name in ("plain", "a part"))
+        assert len(strategy.dataloader) == len(loader)
+        assert sum(len(y) for _, y, *_ in strategy.dataloader) == (5 if name == "a part" else 20)
 
 
 @pytest.mark.parametrize("make", [DataLoader, TaskBalancedDataLoader])

@@ -94,6 +94,7 @@ class Record(SupervisedPlugin):
         ({"learns": "head"}, "learns: expected 'all' or 'classifier', got head"),
         ({"data": "some"}, "data: expected 'all', 'balanced' or 'exemplars', got some"),
         ({"data": "exemplars"}, "data: expected 'exemplars' only where learns is 'classifier'"),
+        ({"images": 0}, "images: expected a number of at least 1 or None, got 0"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
     ],
 )
@@ -314,16 +315,17 @@ def test_the_second_phase_has_as_many_samples_of_each_class(labels, fast):
         assert second.counts == [dict.fromkeys(ORDER[:seen], 4)] * 2
 
 
-class Herded(SupervisedPlugin):
-    """Keeps what each epoch of the second phase is trained on."""
+class Trained(SupervisedPlugin):
+    """Keeps what each epoch of a phase is trained on."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: int) -> None:
         super().__init__()
+        self.phase = phase
         self.seen: list[Counter] = []
 
     def before_training_epoch(self, strategy, **kwargs):
         self.epoch: Counter = Counter()
-        if strategy.phase_index == 1:
+        if strategy.phase_index == self.phase:
             self.seen.append(self.epoch)
 
     def before_forward(self, strategy, **kwargs):
@@ -334,7 +336,7 @@ class Herded(SupervisedPlugin):
 @FAST
 @pytest.mark.parametrize("api", APIS)
 def test_a_phase_on_the_exemplars_trains_on_what_is_held_afterwards(api, fast):
-    herded = Herded()
+    herded = Trained(1)
     phases = [Phase(1), Phase(2, learns="classifier", data="exemplars")]
     strategy = make(Replay, 3, herded, later_phases=phases, fast=fast, mem_size=14)
     for n, experience in enumerate(make_benchmark(api).train_stream[:3]):
@@ -345,6 +347,24 @@ def test_a_phase_on_the_exemplars_trains_on_what_is_held_afterwards(api, fast):
             held[(int(label), *(255 * image).round().int().flatten().tolist())] += 1
         assert len(held) == [6 * 2, 3 * 4, 2 * 6][n]  # a class has 6 samples
         assert herded.seen == ([held, held] if n else [])
+
+
+@FAST
+def test_an_epoch_has_at_most_so_many_images_drawn_anew(fast):
+    """Later experiences have 12 new images and 12 exemplars."""
+    part, everything = Trained(0), Trained(1)
+    phases = [Phase(3, images=15), Phase(1, images=100)]
+    strategy = make(Replay, 3, part, everything, later_phases=phases, fast=fast, mem_size=14)
+    for n, experience in enumerate(make_benchmark().train_stream[:3]):
+        part.seen.clear()
+        everything.seen.clear()
+        strategy.train(experience)
+        if n:
+            (whole,) = everything.seen
+            assert whole.total() == 24
+            assert [epoch.total() for epoch in part.seen] == [15] * 3
+            assert all(epoch <= whole for epoch in part.seen)
+            assert part.seen[0] != part.seen[1] != part.seen[2]
 
 
 def test_a_phase_on_the_exemplars_needs_a_memory():
