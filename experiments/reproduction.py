@@ -1,0 +1,158 @@
+"""Published figures beside ours: a page from a list of them and the run folders beside it.
+
+``python -m experiments.reproduction experiments/results/published.yaml`` writes REPRODUCTION.md
+beside the list, which is YAML::
+
+    title: Published figures beside ours
+    text: what holds for all sections, in Markdown
+    sections:
+      - title: MEMO
+        text: in Markdown
+        rows:
+          - name: ResNet-32, 3312 exemplars
+            source: the paper, figure 5
+            published: {average: 72.1, last: 62.1, accuracy: [...]}   # in %; each may be left out
+            readout: cnn
+            runs: [memo_seed1, memo_seed2]  # folders that differ in the seed alone
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.comparison import Group, Spread, group, read
+from experiments.figures import markdown
+
+__all__ = ["main", "page"]
+
+_ROW = {"name", "source", "published", "readout", "runs"}
+_PUBLISHED = ("average", "last", "accuracy")
+
+
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    source: str
+    published: Mapping[str, Any]
+    readout: str
+    folders: tuple[Path, ...]
+    own: Group
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], base: Path) -> "_Row":
+        if missing := _ROW.symmetric_difference(row):
+            raise ValueError(f"rows: expected {', '.join(sorted(_ROW))}, differs in {missing}")
+        if unknown := set(row["published"]).difference(_PUBLISHED):
+            raise ValueError(f"published: expected some of {', '.join(_PUBLISHED)}, got {unknown}")
+        folders = tuple(base / run for run in row["runs"])
+        runs, unfinished = read(folders)
+        groups = group(runs)
+        if unfinished or len(groups) != 1:
+            found = unfinished or [own.name for own in groups]
+            raise ValueError(f"runs: expected finished ones that differ in the seed, got {found}")
+        if row["readout"] not in groups[0].readouts:
+            raise ValueError(
+                f"readout: expected one of {', '.join(groups[0].readouts)}, got {row['readout']}"
+            )
+        return cls(row["name"], row["source"], row["published"], row["readout"], folders, groups[0])
+
+    def compared(self, name: str) -> list[str]:
+        """Return the cells published, ours, and difference."""
+        ours = self.own.percent(self.readout, name)
+        if name not in self.published:
+            return ["", ours.text(2), ""]
+        published = float(self.published[name])
+        return [f"{published:.2f}", ours.text(2), f"{ours.mean - published:+.2f}"]
+
+    def steps(self) -> list[list[str]]:
+        """Return a line with the published accuracy after each experience, and one with ours."""
+        start = [self.name, self.readout.upper()]
+        ours = [spread.text(2) for spread in self.own.accuracies(self.readout)]
+        lines = [[*start, "ours", *ours]]
+        if published := self.published.get("accuracy"):
+            if len(published) != len(ours):
+                raise ValueError(
+                    f"accuracy: expected {len(ours)} figures for {self.name}, got {len(published)}"
+                )
+            lines.insert(0, [*start, "published", *(f"{value:.2f}" for value in published)])
+        return lines
+
+    def run(self) -> list[str]:
+        """Return how ours came about."""
+        result = self.own.results[0]
+        config, environment = result["config"], result["environment"]
+        epochs = [
+            " + ".join(
+                f"{phase['epochs']}{'' if phase['learns'] == 'all' else ' classifier'}"
+                for phase in config[when]
+            )
+            for when in ("first", "later")
+        ]
+        mean, deviation = self.own.seconds
+        minutes = Spread(mean / 60, None if deviation is None else deviation / 60)
+        return [
+            self.name,
+            "; ".join(epochs),
+            ", ".join(str(seed) for (seed,) in self.own.seeds),
+            minutes.text(0),
+            f"{environment['device']}, threads: {environment['threads']}",
+            f"`--config {self.folders[0] / 'config.yaml'}`",
+        ]
+
+
+def page(path: Path) -> str:
+    """Return the page of a list of published figures.
+
+    :param path: the list; run folders are named relative to its own.
+    :raises ValueError: if an entry is not as expected, or a run is not finished.
+    """
+    content = yaml.safe_load(path.read_text())
+    parts = [f"# {content['title']}", content["text"]]
+    for section in content["sections"]:
+        rows = [_Row.of(row, path.parent) for row in section["rows"]]
+        parts += [f"## {section['title']}", section["text"], *_tables(rows)]
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _tables(rows: Sequence[_Row]) -> list[str]:
+    head = ["", "readout", "published in", "average", "ours", "difference", "last", "ours"]
+    compared = [
+        [row.name, row.readout.upper(), row.source, *row.compared("average"), *row.compared("last")]
+        for row in rows
+    ]
+    by_seen: dict[tuple[int, ...], list[_Row]] = {}
+    for row in rows:
+        by_seen.setdefault(tuple(row.own.seen), []).append(row)
+    steps = [
+        markdown(["by classes seen", "readout", "", *map(str, seen)], lines, 3)
+        for seen, members in by_seen.items()
+        for lines in [[line for row in members for line in row.steps()]]
+    ]
+    runs = list(dict.fromkeys(tuple(row.run()) for row in rows))
+    origin = ["how", "epochs, first; later", "seeds", "minutes", "hardware", "command's options"]
+    return [markdown([*head, "difference"], compared, 3), *steps, markdown(origin, runs, 6)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page of a command line's list and print where it is."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduction", description="Published figures beside ours."
+    )
+    parser.add_argument("list", type=Path, help="the published figures (YAML)")
+    path = parser.parse_args(arguments).list
+    try:
+        text = page(path)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    out = path.with_name("REPRODUCTION.md")
+    out.write_text(text)
+    print(out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
