@@ -123,15 +123,11 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
         accuracies = [100 * np.array(each["accuracy"][readout]) for readout in readouts]
         cells = [f"{v:.2f}" for found in accuracies for v in (found.mean(), found[-1])]
         last = each["experiences"][-1]
-        counts, milliseconds = (
-            [values.get(side, values["unpruned"]) for side in ("pruned", "unpruned")]
-            for values in (
-                {side: count / 1e3 for side, count in last["parameters"].items()},
-                {side: 1e3 * found[1] for side, found in last["latency"][BATCHES[-1]].items()},
-            )
-        )
-        cells += [f"{counts[0]:,.1f}", f"{100 * counts[0] / counts[1]:.1f}"]
-        cells += [f"{milliseconds[0]:.3g}", f"{100 * milliseconds[0] / milliseconds[1]:.0f}"]
+        side = "pruned" if each["survival"] else "unpruned"
+        counts, seconds = last["parameters"], last["latency"][BATCHES[-1]]
+        own, whole = (seconds[name][1] for name in (side, "unpruned"))
+        cells += [f"{counts[side] / 1e3:,.1f}", f"{100 * counts[side] / counts['unpruned']:.1f}"]
+        cells += [f"{1e3 * own:.3g}", f"{100 * own / whole:.0f}"]
         lines.append(_line([each["run"], *cells]))
     return "\n".join([*lines, "", *(line for each in reports for line in _lines(each))])
 

@@ -45,8 +45,8 @@ class _Row:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], base: Path) -> "_Row":
-        if missing := _ROW.symmetric_difference(row):
-            raise ValueError(f"rows: expected {', '.join(sorted(_ROW))}, differs in {missing}")
+        if wrong := _ROW.symmetric_difference(row):
+            raise ValueError(f"rows: expected {', '.join(sorted(_ROW))}, differs in {wrong}")
         if unknown := set(row["published"]).difference(_PUBLISHED):
             raise ValueError(f"published: expected some of {', '.join(_PUBLISHED)}, got {unknown}")
         folders = tuple(base / run for run in row["runs"])
@@ -129,9 +129,12 @@ def _tables(rows: Sequence[_Row]) -> list[str]:
     for row in rows:
         by_seen.setdefault(tuple(row.own.seen), []).append(row)
     steps = [
-        markdown(["by classes seen", "readout", "", *map(str, seen)], lines, 3)
+        markdown(
+            ["by classes seen", "readout", "", *map(str, seen)],
+            [line for row in members for line in row.steps()],
+            3,
+        )
         for seen, members in by_seen.items()
-        for lines in [[line for row in members for line in row.steps()]]
     ]
     runs = list(dict.fromkeys(tuple(row.run()) for row in rows))
     origin = ["how", "epochs, first; later", "seeds", "minutes", "hardware", "command's options"]
