@@ -3,13 +3,20 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from avalanche_memo.models.cifar_resnet import CifarBlock
+from avalanche_memo.models.imagenet_resnet import OpenBlock
 
 __all__ = ["FastPath", "fold_batch_norm", "has_bfloat16"]
+
+_RUN_IN_ORDER = (nn.Sequential, CifarBlock, BasicBlock, Bottleneck, OpenBlock)
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,18 @@ def has_bfloat16(device: torch.device) -> bool:
 def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a frozen copy of a block with each BatchNorm folded into the convolution before it.
 
-    A BatchNorm belongs to a convolution where the two follow each other among a module's children
-    that have parameters, as in torchvision's residual blocks and in this package's.
+    Only where the one is known to follow the other: right behind it in an ``nn.Sequential`` or in a
+    residual block of torchvision's or this package's. Every other BatchNorm stays.
 
     :param block: a block in evaluation mode.
     :param dtype: the type of the copy's weights; folding itself is done in float32.
     """
     folded = copy.deepcopy(block).eval().requires_grad_(False)
     for parent in folded.modules():
-        previous = ""
-        for name, child in list(parent.named_children()):
-            convolution = getattr(parent, previous) if previous else None
-            if isinstance(child, nn.BatchNorm2d) and isinstance(convolution, nn.Conv2d):
-                setattr(parent, previous, fuse_conv_bn_eval(convolution, child))
-                setattr(parent, name, nn.Identity())
-            if any(True for _ in child.parameters()):
-                previous = name
+        # Not a subclass: its children may run in another order.
+        children = list(parent.named_children()) if type(parent) in _RUN_IN_ORDER else []
+        for (name, first), (next_name, second) in pairwise(children):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(first, second))
+                setattr(parent, next_name, nn.Identity())
     return folded.to(dtype)

@@ -77,6 +77,34 @@ def test_a_folded_block_equals_the_block_and_has_no_batch_norm(make):
     assert not any(parameter.requires_grad for parameter in folded.parameters())
 
 
+class NormFirst(nn.Module):
+    """A convolution, then a BatchNorm, by registration alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.convolution(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.MaxPool2d(2), nn.BatchNorm2d(3)),
+        NormFirst(),
+    ],
+    ids=["relu_between", "pooling_between", "own_order"],
+)
+def test_a_batch_norm_that_follows_no_convolution_stays(block):
+    randomize_norms(block)
+    block.double().eval()
+    images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    folded = fold_batch_norm(block, torch.float64)
+    torch.testing.assert_close(folded(images), block(images))
+
+
 @pytest.mark.parametrize("shared", [0, 1, 2])
 @pytest.mark.parametrize(
     ("part", "tolerance"), [("channels_last", 1e-4), ("fold_frozen", 1e-4), ("bfloat16", 0.1)]
