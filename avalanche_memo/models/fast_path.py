@@ -69,7 +69,7 @@ def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
         # Not a subclass: its children may run in another order.
         children = list(parent.named_children()) if type(parent) in _RUN_IN_ORDER else []
         for (name, first), (next_name, second) in pairwise(children):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+            if isinstance(first, nn.Conv2d) and type(second) is nn.BatchNorm2d:
                 setattr(parent, name, fuse_conv_bn_eval(first, second))
                 setattr(parent, next_name, nn.Identity())
     return folded.to(dtype)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import resize
 
 from avalanche_memo.training.samples import Part, pil_image, with_images
 
@@ -41,6 +42,9 @@ class Compression:
         accuracy by classifier after three experiences was 37.9 with 0, 59.2 with 0.5 and 60.9 with
         1, and 46.0 with raw exemplars.
     :param max_distance: mean Euclidean distance of the L2-normalised features, 0 to 2.
+    :param short_side: pixels of an image's shorter side, to which a larger image is scaled down
+        before it is encoded. Photographs of which the network sees a part, or fewer pixels, have
+        files that take more than the pixels seen.
     :raises ValueError: if a value is outside its range, or new images shall pass through a codec
         whose quality is chosen only after they were learned.
     """
@@ -49,11 +53,13 @@ class Compression:
     quality: int | Literal["auto"] = 75
     new_images: float = 1.0
     max_distance: float = 0.1
+    short_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.codec not in _SETTINGS:
             raise ValueError(f"codec: expected 'jpeg' or 'webp', got {self.codec!r}")
-        if self.quality != "auto" and not 1 <= self.quality <= 100:
+        number = isinstance(self.quality, int) and not isinstance(self.quality, bool)
+        if self.quality != "auto" and not (number and 1 <= int(self.quality) <= 100):
             raise ValueError(f"quality: expected 1 to 100 or 'auto', got {self.quality!r}")
         if not 0 <= self.new_images <= 1:
             raise ValueError(f"new_images: expected a part from 0 to 1, got {self.new_images}")
@@ -64,6 +70,8 @@ class Compression:
             )
         if not 0 < self.max_distance <= 2:
             raise ValueError(f"max_distance: expected above 0, to 2, got {self.max_distance}")
+        if self.short_side is not None and self.short_side < 1:
+            raise ValueError(f"short_side: expected at least 1 pixel, got {self.short_side}")
 
     def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
         """Return an image's file.
@@ -77,6 +85,8 @@ class Compression:
                 f"compression: expected images of 8 bits a pixel in 1 or 3 channels, which "
                 f"{self.codec} can hold, got mode {image.mode}"
             )
+        if self.short_side is not None and self.short_side < min(image.size):
+            image = resize(image, self.short_side)
         file = io.BytesIO()
         own = self.quality if quality is None else quality
         image.save(file, self.codec, quality=own, **_SETTINGS[self.codec])
@@ -99,14 +109,14 @@ class _OriginalImages(Dataset[tuple[Image.Image, int]]):
 class EncodedImages(Dataset[tuple[Image.Image, int]]):
     """Images that are decoded from files in memory at each access.
 
-    :param originals: the images before they were encoded, and their classes; an image is taken from
-        here alone where it has no file.
+    :param originals: the images before they were encoded, and their ``targets``; an image is taken
+        from here alone where it has no file.
     :param files: the files' bytes, or ``None``, in the same order.
     """
 
-    def __init__(self, originals: Dataset[Any], files: Sequence[bytes | None]) -> None:
+    def __init__(self, originals: Any, files: Sequence[bytes | None]) -> None:
         self.originals, self.files = originals, files
-        self.mode = originals[0][0].mode  # Of WebP, grey images would come back as RGB.
+        self._modes: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -114,8 +124,16 @@ class EncodedImages(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its class."""
         file = self.files[index]
-        image, target = self.originals[index]
-        return (image if file is None else Image.open(io.BytesIO(file)).convert(self.mode)), target
+        if file is None:
+            image, target = self.originals[index]
+            return image, target
+        image = Image.open(io.BytesIO(file))
+        if image.format == "WEBP":  # It has no grey images: they come back as RGB.
+            if index not in self._modes:
+                self._modes[index] = self.originals[index][0].mode
+            image = image.convert(self._modes[index])
+        image.load()
+        return image, self.originals.targets[index]
 
 
 class EitherImages(Dataset[tuple[Image.Image, int]]):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from avalanche_memo.budget import image_bytes
+from avalanche_memo.training.batch_transforms import UnsupportedError
 from avalanche_memo.training.compression import Compression, lowest_quality, through_codec
 from avalanche_memo.training.loading import resident_loader
 from avalanche_memo.training.samples import original_image, sample_origins
@@ -55,12 +56,15 @@ class MemoryRates:
     images_per_class: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", tuple(self.rates))
-        if not self.rates or any(not 0 <= rate < math.inf for rate in self.rates):
+        given = self.rates
+        rates = tuple(given) if isinstance(given, Sequence) else ()
+        numbers = all(isinstance(r, int | float) and 0 <= r < math.inf for r in rates)
+        if not rates or not numbers:
             raise ValueError(
                 "rates: expected a finite number of at least 0 for each experience, "
-                f"got {list(self.rates)}"
+                f"got {list(rates) or given!r}"
             )
+        object.__setattr__(self, "rates", rates)
         for name in ("increment", "images_per_class"):
             _at_least_one(name, getattr(self, name))
 
@@ -168,7 +172,8 @@ class HerdingBuffer(ExemplarsBuffer):
         where a rate rises faster than the classes, the older ones stay at what they hold.
     :param compression: how exemplars are kept; as raw pixels if not given. Each class then has the
         bytes of its quota of raw images, at the size the network sees, and holds as many of its
-        images' files, best first, as fit. No pixel of an old class but those files is used again.
+        images' files, best first, as fit, and always the best. No pixel of an old class but those
+        files is used again.
     :raises ValueError: if a number is below 1.
     """
 
@@ -227,15 +232,17 @@ class HerdingBuffer(ExemplarsBuffer):
 
         :param dataset: the data of an experience.
         :param n_classes: classes of the stream.
-        :raises ValueError: if the memory is smaller than the number of classes, has no rate for the
-            first experience, or has no room for a compressed image in each class; or if the codec
-            can't hold the images.
+        :raises ValueError: if the memory is smaller than the number of classes, or at last has no
+            room for a compressed image in each class; or if the codec can't hold the images.
         """
-        room = self.quota(n_classes, 0)
+        room = self.quota(n_classes, 0 if self.rates is None else len(self.rates.rates) - 1)
         if self.compression is None:
             return
         lowest = 1 if self.compression.quality == "auto" else None
-        size = len(self.compression.encode(original_image(dataset, 0), lowest))
+        try:
+            size = len(self.compression.encode(original_image(dataset, 0), lowest))
+        except UnsupportedError as reason:
+            raise ValueError(f"compression: expected images to encode, but {reason}") from None
         room *= _raw_bytes(dataset)
         if size > room:
             raise ValueError(
@@ -370,7 +377,7 @@ class HerdingBuffer(ExemplarsBuffer):
                 self._files[row] = self.compression.encode(image, quality)
             room -= len(self._files[row])
             if room < 0:
-                return rows[:number]
+                return rows[: max(1, number)]
         return rows
 
     def _dataset(self, rows: Tensor) -> Any:
@@ -421,5 +428,5 @@ def _evaluated(
 
 
 def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: expected a number of at least 1, got {value}")
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

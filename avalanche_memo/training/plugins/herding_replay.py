@@ -42,8 +42,6 @@ class HerdingReplayPlugin(SupervisedPlugin):
         compression: Compression | None = None,
     ) -> None:
         super().__init__()
-        if mem_size < 1:
-            raise ValueError(f"mem_size: expected a number of at least 1, got {mem_size}")
         self.buffer = HerdingBuffer(
             mem_size,
             exemplars_per_class=exemplars_per_class,
