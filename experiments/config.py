@@ -165,10 +165,12 @@ class Config:
 
     def first_experience(self) -> dict[str, Any]:
         """Return the part of the identity that the first experience's training depends on."""
-        plain = {k: v for k, v in self.identity().items() if k not in _LATER_ONLY}
+        plain = self.identity()
+        if any(phase.data == "exemplars" for phase in self.first):
+            return plain
         if self.compression is not None and self.compression.new_images == 0:
             plain["compression"] = None
-        return plain
+        return {k: v for k, v in plain.items() if k not in _LATER_ONLY}
 
     def fingerprint(self) -> str:
         """Return the identity as text: what is not as by default, so that options may be added."""

@@ -225,8 +225,9 @@ def _images_per_epoch(config: Config, stream: Any) -> list[tuple[int, int]]:
     data = stream[0].dataset
     if config.compression is not None:
         quality = 75 if config.compression.quality == "auto" else config.compression.quality
-        files = [config.compression.encode(original_image(data, i), quality) for i in range(20)]
-        fit = 20 * image_bytes(tuple(data.eval()[0][0].shape)) / sum(map(len, files))
+        some = range(min(20, len(data)))
+        files = [config.compression.encode(original_image(data, i), quality) for i in some]
+        fit = len(some) * image_bytes(tuple(data.eval()[0][0].shape)) / sum(map(len, files))
     for experience in stream:
         quota = config.exemplars_per_class or config.mem_size // max(1, seen)
         per_class = len(experience.dataset) // len(experience.classes_in_this_experience)

@@ -145,6 +145,12 @@ class BiasCorrectedLinear(GrowingLinear):
         for correction in self.corrections:
             correction.copy_(correction.new_tensor([1.0, 0.0]))
 
+    def requires_grad_(self, requires_grad: bool = True) -> "BiasCorrectedLinear":
+        """Let the weights learn or not; the corrections never do."""
+        super().requires_grad_(requires_grad)
+        self.corrections.requires_grad_(False)
+        return self
+
     @torch.no_grad()
     def correct(self, alpha: float, beta: float) -> None:
         """Correct the newest classes' logits, as they are now, to ``alpha * logit + beta``."""
@@ -170,8 +176,9 @@ class ProxyCosineClassifier(GrowingClassifier):
     Avalanche's optimizers follow them and by which old ones are frozen.
 
     :param proxies: proxies per class, K.
-    :param gamma: sharpness of the softmax over a class's proxies (the authors' 1).
-    :param scale: eta to begin with.
+    :param gamma: sharpness of the softmax over a class's proxies.
+    :param scale: eta to begin with. The authors' code starts at 1, too, but its similarity is minus
+        the squared distance, ``2 s - 2``: 2 for gamma and scale here, but for a constant.
     :param freeze_old: whether the proxies of older classes stop learning when new ones come, as in
         the authors' code. A phase that trains the classifier alone trains them all, as there.
     :raises ValueError: if a number is not positive.
@@ -186,10 +193,10 @@ class ProxyCosineClassifier(GrowingClassifier):
         freeze_old: bool = True,
     ) -> None:
         super().__init__()
-        if proxies < 1:
-            raise ValueError(f"proxies: expected a number of at least 1, got {proxies}")
+        if not isinstance(proxies, int) or proxies < 1:
+            raise ValueError(f"proxies: expected a whole number of at least 1, got {proxies}")
         for name, value in (("gamma", gamma), ("scale", scale)):
-            if value <= 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
         self.proxies = proxies
         self.gamma = gamma
@@ -246,7 +253,8 @@ class ProxyCosineClassifier(GrowingClassifier):
     def imprint(self, features: Sequence[Tensor], seed: int = 0) -> None:
         """Set the newest classes' proxies to the centres of their features.
 
-        As in PODNet's and UCIR's code, the proxies get the mean length of the older ones.
+        As in PODNet's and UCIR's code, the proxies get the mean length of the older ones. The log
+        says where a class has too few samples (:func:`class_proxies`).
 
         :param features: for each class of the latest growth, in order, its samples' features
             ``[n, D]``.
@@ -257,6 +265,13 @@ class ProxyCosineClassifier(GrowingClassifier):
         if len(features) * self.proxies != len(newest):
             raise ValueError(
                 f"features: expected {len(newest) // self.proxies} classes, got {len(features)}"
+            )
+        few = sum(len(f) < self.proxies for f in features)
+        if few:
+            log.warning(
+                "proxies: %d classes have fewer samples than their %d proxies, by which each "
+                "sample serves as a proxy",
+                *(few, self.proxies),
             )
         centres = torch.cat([class_proxies(f, self.proxies, seed) for f in features])
         older = torch.cat(list(self.weights[:-1]) or [newest])
@@ -299,7 +314,7 @@ def class_proxies(features: Tensor, proxies: int, seed: int = 0) -> Tensor:
     """Return the centres ``[K, D]``, of length 1, of the K-means clusters of a class's features.
 
     A single proxy is the mean. A class with fewer samples than proxies can't be clustered: each
-    sample's feature serves as a proxy, over and over; the log says so.
+    sample's feature serves as a proxy, over and over.
 
     :param features: ``[n, D]``; they are normalised first.
     :param proxies: K.
@@ -312,10 +327,6 @@ def class_proxies(features: Tensor, proxies: int, seed: int = 0) -> Tensor:
     if proxies == 1:
         centres = features.mean(dim=0, keepdim=True)
     elif len(features) < proxies:
-        log.info(
-            "proxies: a class has %d samples for %d proxies; each sample serves as a proxy",
-            *(len(features), proxies),
-        )
         centres = features[torch.arange(proxies) % len(features)]
     else:
         means = KMeans(proxies, n_init=10, random_state=seed).fit(features.numpy())

@@ -1,5 +1,6 @@
 """The published losses as pure functions: one equation each, with its source."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -105,18 +106,20 @@ def nca_loss(
 
     PODNet (Douillard et al., ECCV 2020), section 3.2, the mean over the batch of
     ``[ -log( exp(eta (y_t - delta)) / sum_{i != t} exp(eta y_i) ) ]_+``. The right class is
-    missing from the sum, so a class alone has no loss. The authors' code computes another one:
+    missing from the sum, so a class alone has a loss of 0. The authors' code computes another one:
     :func:`nca_loss_released`.
 
-    :param similarities: ``[B, W]``, at least two columns.
+    :param similarities: ``[B, W]``.
     :param targets: columns of the right classes ``[B]``.
     :param scale: eta.
     :param margin: delta.
     :param hinge: whether a sample's loss stops at 0.
-    :raises ValueError: if there are fewer than two columns.
+    :raises ValueError: if they are no matrix with a column.
     """
     _check_columns(similarities)
     scaled = scale * similarities
+    if similarities.shape[1] == 1:
+        return 0 * scaled.sum()
     columns = targets.unsqueeze(1)
     right = scaled.gather(1, columns).squeeze(1) - scale * margin
     losses = scaled.scatter(1, columns, -torch.inf).logsumexp(dim=1) - right
@@ -132,10 +135,10 @@ def nca_loss_released(similarities: Tensor, targets: Tensor, scale: Tensor | flo
     ``z_i = eta (y_i - max_j y_j)``: the cross-entropy where the right class is the largest;
     elsewhere the largest wrong one counts twice and the right one not at all. It is never negative.
 
-    :param similarities: ``[B, W]``, at least two columns.
+    :param similarities: ``[B, W]``.
     :param targets: columns of the right classes ``[B]``.
     :param scale: eta.
-    :raises ValueError: if there are fewer than two columns.
+    :raises ValueError: if they are no matrix with a column.
     """
     _check_columns(similarities)
     scaled = scale * similarities
@@ -168,7 +171,7 @@ class NCALoss:
         hinge: bool = True,
         form: str = "equation",
     ) -> None:
-        if margin < 0:
+        if not 0 <= margin < math.inf:
             raise ValueError(f"margin: expected a number of at least 0, got {margin}")
         if form not in ("equation", "released"):
             raise ValueError(f"form: expected 'equation' or 'released', got {form!r}")
@@ -193,7 +196,7 @@ def softmax_distillation_loss(new_logits: Tensor, old_logits: Tensor, temperatur
     :param temperature: T.
     :raises ValueError: if the temperature is not above 0 or the shapes differ.
     """
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     if new_logits.shape != old_logits.shape or new_logits.ndim != 2:
         raise ValueError(
@@ -258,9 +261,9 @@ def margin_ranking_loss(
 
 
 def _check_columns(similarities: Tensor) -> None:
-    if similarities.ndim != 2 or similarities.shape[1] < 2:
+    if similarities.ndim != 2 or similarities.shape[1] < 1:
         raise ValueError(
-            "similarities: expected [B, W] with at least two columns, "
+            "similarities: expected [B, W] with at least one column, "
             f"got shape {tuple(similarities.shape)}"
         )
 

@@ -23,8 +23,9 @@ PODNET_TRAINING = Phase(160, lr=0.1, weight_decay=5e-4, cosine=True)
 """Each experience's schedule on CIFAR-100, batches of 128 (the authors' released configuration)."""
 
 PODNET_BALANCED = Phase(20, lr=0.05, weight_decay=5e-4, learns="classifier", data="exemplars")
-"""The classifier on as many exemplars of each class, from the second experience on (the authors'
-released configuration). PyCIL's rate is 0.005."""
+"""The classifier on the exemplars, from the second experience on (the authors' released
+configuration). Of each class they are equally many, but where files differ in size, or a memory has
+grown since a class was learned. PyCIL's rate is 0.005."""
 
 
 class PODNet(ReplayTemplate):

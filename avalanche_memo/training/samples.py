@@ -1,6 +1,7 @@
 """The samples of an Avalanche data set: where each one comes from, and through which transforms."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +138,10 @@ def pil_image(leaf: Any, index: int) -> Image.Image:
     :raises UnsupportedError: if it is no PIL image.
     """
     array = pixel_array(leaf)
-    image = leaf[index][0] if array is None else Image.fromarray(np.asarray(array[index]))
+    if array is None or not own_transforms(leaf):
+        image = leaf[index][0]
+    else:
+        image = Image.fromarray(np.asarray(array[index]))
     if not isinstance(image, Image.Image):
         raise UnsupportedError(f"samples of {type(leaf).__name__} are not PIL images")
     return image
@@ -163,23 +167,23 @@ def with_images(dataset: Any, make_leaf: Callable[[Part, list[int]], Any]) -> An
     :raises UnsupportedError: if the data set is nested or transformed in a way that is not known.
     """
     everything = np.arange(len(dataset))
-    parts = {
-        group: list(sample_parts(dataset._flat_data, everything, everything, group))
-        for group in ("train", "eval")
-    }
+    parts = {}
+    for group in _group_names(dataset._flat_data):
+        with suppress(KeyError):  # A group that not all nested data sets have is of no use.
+            parts[group] = list(sample_parts(dataset._flat_data, everything, everything, group))
     pieces = []
-    for train, evaluation in zip(parts["train"], parts["eval"], strict=True):
-        positions = train.positions.tolist()
+    for number, part in enumerate(parts["train"]):
+        positions = part.positions.tolist()
         chains = {
-            group: [step for t in part.chain for step in unfold_transforms(t)]
-            for group, part in (("train", train), ("eval", evaluation))
+            group: [step for t in same[number].chain for step in unfold_transforms(t)]
+            for group, same in parts.items()
         }
-        own = own_transforms(train.leaf)
+        own = own_transforms(part.leaf)
         attributes = [a.subset(positions) for a in dataset._data_attributes.values()]
         targets = next(list(a) for a in attributes if a.name == "targets")
         pieces.append(
             type(dataset)(
-                [make_leaf(train, targets)],
+                [make_leaf(part, targets)],
                 data_attributes=attributes,
                 transform_groups={
                     group: TupleTransform([T.Compose(own + chain), None])
@@ -190,3 +194,13 @@ def with_images(dataset: Any, make_leaf: Callable[[Part, list[int]], Any]) -> An
         )
     order = np.argsort(np.concatenate([part.positions for part in parts["train"]]))
     return concat_datasets(pieces).subset(order.tolist())
+
+
+def _group_names(node: Any) -> set[str]:
+    """Return the transform groups of a data set and of those nested in it."""
+    names = {"train", "eval"}
+    if isinstance(node, _FlatDataWithTransform):
+        names |= {*node._transform_groups.transform_groups}
+    for child in node._datasets if isinstance(node, FlatData) else []:
+        names |= _group_names(child)
+    return names

@@ -56,15 +56,13 @@ class MemoryRates:
     images_per_class: int
 
     def __post_init__(self) -> None:
-        given = self.rates
-        rates = tuple(given) if isinstance(given, Sequence) else ()
-        numbers = all(isinstance(r, int | float) and 0 <= r < math.inf for r in rates)
-        if not rates or not numbers:
+        rates = list(self.rates) if isinstance(self.rates, Sequence) else self.rates
+        numbers = isinstance(rates, list) and all(isinstance(r, int | float) for r in rates)
+        if not rates or not numbers or not all(0 <= r < math.inf for r in rates):
             raise ValueError(
-                "rates: expected a finite number of at least 0 for each experience, "
-                f"got {list(rates) or given!r}"
+                f"rates: expected a finite number of at least 0 for each experience, got {rates!r}"
             )
-        object.__setattr__(self, "rates", rates)
+        object.__setattr__(self, "rates", tuple(rates))
         for name in ("increment", "images_per_class"):
             _at_least_one(name, getattr(self, name))
 

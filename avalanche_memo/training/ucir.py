@@ -23,7 +23,8 @@ UCIR_BALANCED = Phase(
     20, lr=0.01, weight_decay=1e-4, milestones=(10,), learns="classifier", data="exemplars"
 )
 """Class-balance finetuning, which the authors' code offers for ImageNet: an optional second phase
-from the second experience on."""
+from the second experience on. There the scale of the similarities stays as it is, here it learns as
+a part of the classifier."""
 
 
 class UCIR(ReplayTemplate):

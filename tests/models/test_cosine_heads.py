@@ -128,11 +128,12 @@ def test_a_single_proxy_is_the_normalised_mean():
 
 def test_a_class_with_fewer_samples_than_proxies_uses_them_all_and_says_so(caplog):
     samples = features_of(3)
-    with caplog.at_level(logging.INFO, "avalanche_memo"):
-        centres = class_proxies(samples, 7)
     unit = F.normalize(samples, dim=1)
-    torch.testing.assert_close(centres, torch.stack([unit[i % 3] for i in range(7)]))
-    assert "a class has 3 samples for 7 proxies" in caplog.text
+    expected = torch.stack([unit[i % 3] for i in range(7)])
+    torch.testing.assert_close(class_proxies(samples, 7), expected)
+    grown(2, features=8, proxies=7).imprint([features_of(3), features_of(20)])
+    (message,) = (r.message for r in caplog.records if r.levelno >= logging.WARNING)
+    assert message.startswith("proxies: 1 classes have fewer samples than their 7 proxies")
 
 
 def test_imprinting_sets_the_newest_proxies_at_the_older_ones_length():
@@ -161,7 +162,7 @@ def test_imprinting_refuses_another_number_of_classes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"proxies": 0}, "proxies: expected a number of at least 1, got 0"),
+        ({"proxies": 0}, "proxies: expected a whole number of at least 1, got 0"),
         ({"gamma": 0}, "gamma: expected a positive number, got 0"),
         ({"scale": -1}, "scale: expected a positive number, got -1"),
     ],

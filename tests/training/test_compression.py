@@ -312,6 +312,58 @@ def test_the_fast_path_serves_compressed_exemplars(part, caplog):
     assert "a resident tensor" in paths[0]
 
 
+def test_a_class_holds_its_best_image_even_where_its_file_does_not_fit():
+    noise = np.random.default_rng(0).integers(0, 256, (72, 24, 24), np.uint8)
+    photos = Photos(mode="L")
+    photos.images[1:] = [Image.fromarray(pixels) for pixels in noise[1:]]  # Files of 700 bytes.
+    buffer = HerdingBuffer(6, compression=Compression("jpeg", 100))
+    for experience in stream_of(photos=photos, transform=T.ToTensor()):
+        buffer.post_adapt(AGENT, experience)
+    assert {len(order) for order in buffer.order.values()} == {1}
+
+
+def test_images_of_several_modes_keep_them():
+    modes = ["L", "RGB"] * 36
+    photos = Photos()
+    photos.images = [image.convert(m) for image, m in zip(photos.images, modes, strict=True)]
+    dataset = stream_of(photos=photos)[0].dataset
+    treated = through_codec(dataset.eval(), Compression("webp", 90))
+    channels = [len(original_image(dataset, i).getbands()) for i in range(len(dataset))]
+    assert sorted(set(channels)) == [1, 3]
+    assert [len(x) for x, *_ in treated] == channels
+
+
+def test_a_larger_image_is_scaled_down_to_its_short_side():
+    photo = Image.new("RGB", (60, 40))
+    scaled = Image.open(io.BytesIO(Compression(short_side=20).encode(photo)))
+    assert scaled.size == (30, 20)
+    assert Image.open(io.BytesIO(Compression(short_side=80).encode(photo))).size == (60, 40)
+
+
+def test_transform_groups_beside_train_and_eval_stay():
+    groups = {"train": (AUGMENT, None), "eval": (T.ToTensor(), None), "tiny": (T.Resize(3), None)}
+    dataset = as_classification_dataset(Photos(), transform_groups=groups).subset([5, 3])
+    treated = through_codec(dataset, Compression("webp", 50)).with_transforms("tiny")
+    assert treated[1][0].size == (3, 3)
+
+
+class Inverted(Photos):
+    """Holds pixels, but gives others."""
+
+    @property
+    def data(self):
+        return np.stack([np.asarray(image) for image in self.images])
+
+    def __getitem__(self, index):
+        return Image.fromarray(255 - self.data[index]), self.targets[index]
+
+
+def test_images_are_those_that_the_data_set_gives():
+    dataset = stream_of(photos=Inverted())[0].dataset.eval()
+    treated = through_codec(dataset, Compression("webp", 95))
+    assert (treated[0][0] - dataset[0][0]).abs().mean() < 0.03
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -320,6 +372,9 @@ def test_the_fast_path_serves_compressed_exemplars(part, caplog):
     [
         ({"quality": 0}, "quality: expected 1 to 100 or 'auto', got 0"),
         ({"quality": 101}, "quality: .* got 101"),
+        ({"quality": 75.5}, "quality: .* got 75.5"),
+        ({"quality": "high"}, "quality: .* got 'high'"),
+        ({"short_side": 0}, "short_side: expected at least 1 pixel, got 0"),
         ({"codec": "png"}, "codec: expected 'jpeg' or 'webp', got 'png'"),
         ({"new_images": 1.5}, "new_images: expected a part from 0 to 1, got 1.5"),
         ({"new_images": -0.1}, "new_images: .* got -0.1"),
@@ -354,3 +409,13 @@ def test_images_that_do_not_fit_are_refused_before_training(mode, side, message)
     with pytest.raises(ValueError, match=message):
         strategy.train(stream_of(photos=Photos(mode=mode, side=side), transform=T.ToTensor()))
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_images_that_cannot_be_reached_are_refused_before_training():
+    class Floats(Photos):
+        def __getitem__(self, index):
+            return T.functional.to_tensor(self.images[index]), self.targets[index]
+
+    dataset = as_classification_dataset(Floats())
+    with pytest.raises(ValueError, match="compression: expected images to encode, but samples of"):
+        HerdingBuffer(6, compression=Compression()).check(dataset, 6)

@@ -315,7 +315,7 @@ def test_gradients_are_clamped_by_value():
         (partial(SoftmaxDistillationPlugin, -1), "weight: .*got -1"),
         (partial(SoftmaxDistillationPlugin, 1, 0), "temperature: expected a number above 0, got 0"),
         (partial(LessForgetPlugin, -1), "weight: .*got -1"),
-        (partial(MarginRankingPlugin, 0), "k: expected a number of at least 1, got 0"),
+        (partial(MarginRankingPlugin, 0), "k: expected a whole number of at least 1, got 0"),
         (partial(MarginRankingPlugin, margin=-1), "margin: .*got -1"),
         (partial(MarginRankingPlugin, weight=-1), "weight: .*got -1"),
         (partial(GradientClampPlugin, 0), "limit: expected a positive number, got 0"),

@@ -116,9 +116,18 @@ def test_released_nca_is_cross_entropy_where_the_right_class_is_ahead():
 
 
 @pytest.mark.parametrize("loss", [nca_loss, nca_loss_released])
-def test_nca_refuses_a_single_column(loss):
-    with pytest.raises(ValueError, match=r"similarities: .*two columns, got shape \(3, 1\)"):
-        loss(torch.ones(3, 1), torch.zeros(3, dtype=torch.long))
+def test_nca_of_a_class_alone_is_0_with_a_gradient_of_0(loss):
+    similarities = torch.ones(3, 1, requires_grad=True)
+    value = loss(similarities, torch.zeros(3, dtype=torch.long))
+    value.backward()
+    assert value == 0
+    assert torch.equal(similarities.grad, torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("loss", [nca_loss, nca_loss_released])
+def test_nca_refuses_other_shapes(loss):
+    with pytest.raises(ValueError, match=r"similarities: .*one column, got shape \(3, 0\)"):
+        loss(torch.ones(3, 0), torch.zeros(3, dtype=torch.long))
 
 
 @pytest.mark.parametrize("hinge", [True, False])

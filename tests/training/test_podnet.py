@@ -156,7 +156,7 @@ def test_ucir_can_leave_out_the_ranking_loss():
         (PODNet, {"flat_distillation": "kd", "temperature": 0}, "temperature: .*above 0, got 0"),
         (PODNet, {"gradient_limit": 0}, "limit: expected a positive number, got 0"),
         (UCIR, {"less_forget_weight": -1}, "weight: expected a number of at least 0, got -1"),
-        (UCIR, {"hard_negatives": 0}, "k: expected a number of at least 1, got 0"),
+        (UCIR, {"hard_negatives": 0}, "k: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_refuses_options_out_of_range(method, options, message):

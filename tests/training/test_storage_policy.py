@@ -176,8 +176,11 @@ def test_extra_exemplars_are_counted_by_hand():
         (((0.1, -0.5), 2, 9), r"rates: expected .* at least 0 .*got \[0.1, -0.5\]"),
         (((float("nan"),), 2, 9), r"rates: .*got \[nan\]"),
         (((), 2, 9), r"rates: .*got \[\]"),
-        (((0.1,), 0, 9), "increment: expected a number of at least 1, got 0"),
-        (((0.1,), 2, -3), "images_per_class: expected a number of at least 1, got -3"),
+        ((0.1, 2, 9), r"rates: expected .* for each experience, got 0.1"),
+        ((("0.1",), 2, 9), r"rates: .*got \['0.1'\]"),
+        (((0.1,), 2.5, 9), "increment: expected a whole number of at least 1, got 2.5"),
+        (((0.1,), 0, 9), "increment: expected a whole number of at least 1, got 0"),
+        (((0.1,), 2, -3), "images_per_class: expected a whole number of at least 1, got -3"),
     ],
 )
 def test_memory_rates_refuse(arguments, message):
@@ -375,7 +378,7 @@ def test_refuses_a_model_without_features():
 
 @pytest.mark.parametrize("name", ["max_size", "exemplars_per_class"])
 def test_refuses_less_than_one(name):
-    with pytest.raises(ValueError, match=f"{name}: expected a number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name}: expected a whole number of at least 1, got 0"):
         HerdingBuffer(**{name: 0})
 
 

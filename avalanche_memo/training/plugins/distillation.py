@@ -223,7 +223,7 @@ class SoftmaxDistillationPlugin(_Distillation):
     ) -> None:
         super().__init__(teacher)
         _not_negative("weight", weight)
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a number above 0, got {temperature}")
         self.weight, self.temperature, self.adaptive = weight, temperature, adaptive
         self.convex, self.scaled = convex, scaled
@@ -296,5 +296,5 @@ def _growth_factor(network: ExpandableNetwork) -> float:
 
 
 def _not_negative(name: str, value: float) -> None:
-    if value < 0:
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: expected a number of at least 0, got {value}")

@@ -1,6 +1,7 @@
 """UCIR's inter-class separation: Hou et al., "Learning a Unified Classifier Incrementally via
 Rebalancing" (CVPR 2019), section 3.4."""
 
+import math
 from typing import Any
 
 from avalanche.training.plugins import SupervisedPlugin
@@ -26,10 +27,10 @@ class MarginRankingPlugin(SupervisedPlugin):
 
     def __init__(self, k: int = 2, margin: float = 0.5, weight: float = 1.0) -> None:
         super().__init__()
-        if k < 1:
-            raise ValueError(f"k: expected a number of at least 1, got {k}")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"k: expected a whole number of at least 1, got {k}")
         for name, value in (("margin", margin), ("weight", weight)):
-            if value < 0:
+            if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
         self.k, self.margin, self.weight = k, margin, weight
 
