@@ -131,7 +131,7 @@ def test_a_class_with_fewer_samples_than_proxies_uses_them_all_and_says_so(caplo
     unit = F.normalize(samples, dim=1)
     expected = torch.stack([unit[i % 3] for i in range(7)])
     torch.testing.assert_close(class_proxies(samples, 7), expected)
-    grown(2, features=8, proxies=7).imprint([features_of(3), features_of(20)])
+    grown(2, features=5, proxies=7).imprint([features_of(3), features_of(20)])
     (message,) = (r.message for r in caplog.records if r.levelno >= logging.WARNING)
     assert message.startswith("proxies: 1 classes have fewer samples than their 7 proxies")
 
