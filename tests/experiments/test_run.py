@@ -355,6 +355,14 @@ def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch
     other = [*variant, *start, "--seed=7", "--run_folder", str(tmp_path / "other")]
     with pytest.raises(ValueError, match=r"start_from: .*seed: 1993 there, 7 here"):
         run(parse(other))
+    # The memory that a phase of the first experience learns from is a part of that experience.
+    balanced = {"epochs": 1, "learns": "classifier", "data": "exemplars"}
+    balanced = f"--first={json.dumps([{'epochs': 1}, balanced])}"
+    first = [*SHORT, *PODNET, balanced, "--run_folder"]
+    run(parse([*first, str(tmp_path / "balanced")]))
+    larger = [str(tmp_path / "larger"), "--mem_size=60", "--start_from", str(tmp_path / "balanced")]
+    with pytest.raises(ValueError, match=r"start_from: .*mem_size: 200 there, 60 here"):
+        run(parse([*first, *larger]))
     nowhere = ["--start_from", str(tmp_path), "--run_folder", str(tmp_path / "nowhere")]
     with pytest.raises(ValueError, match="start_from: expected a run folder whose first exp"):
         run(parse([*variant, *nowhere]))
@@ -437,6 +445,49 @@ def test_distillation_is_the_methods_own_unless_given(
     given = ["--kd_weight=0.3", "--kd_temperature=4"]
     run(parse([*options, str(tmp_path / "given"), *given]))
     assert found == [(weight, temperature), (0.3, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (
+            "PODNet",
+            {
+                "nca": "equation",
+                "pod_weight": 1.5,
+                "flat_weight": 0.25,
+                "pooling": "gap",
+                "flat_distillation": "both",
+            },
+        ),
+        ("UCIR", {"less_forget_weight": 7.0, "ranking_weight": 0.5}),
+        ("MEMO", {"auxiliary_weight": 0.5}),
+        (
+            "DER",
+            {
+                "auxiliary_weight": 0.5,
+                "sparsity_weight": 2.0,
+                "mask_s_max": 50.0,
+                "mask_rate": 3.0,
+            },
+        ),
+    ],
+)
+def test_options_reach_the_strategy(method, options, tmp_path, monkeypatch):
+    given = {}
+
+    def build(**arguments):
+        given.update(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(f"experiments.run.{method}", build)
+    texts = [f"--{name}={value}" for name, value in options.items()]
+    with pytest.raises(InterruptedError):
+        run(parse(["--method", method.lower(), *texts, "--run_folder", str(tmp_path / "run")]))
+    assert {name: given[name] for name in options} == options
+    # Only PODNet and UCIR classify features that no ReLU has cut.
+    cut = bool((given["model"].extract_features(torch.randn(8, 1, 8, 8)) >= 0).all())
+    assert cut == (method not in ("PODNet", "UCIR"))
 
 
 def test_the_shipped_podnet_configurations():

@@ -141,6 +141,24 @@ def test_the_balanced_phase_follows_by_default():
     assert [p.epochs for p in make(UCIR, train_epochs=3).later_phases] == [3]
 
 
+def test_options_reach_the_plugins():
+    podnet = make(PODNet, pod_weight=2.0, pooling="gap", gradient_limit=0.5)
+    ucir = make(UCIR, less_forget_weight=3.0, ranking_weight=0.5, hard_negatives=1, margin=0.2)
+    found = {type(p): p for strategy in (podnet, ucir) for p in strategy.plugins}
+    pod, ranking = found[PODDistillationPlugin], found[MarginRankingPlugin]
+    assert (pod.weight, pod.pooling) == (2.0, "gap")
+    assert found[GradientClampPlugin].limit == 0.5
+    assert found[LessForgetPlugin].weight == 3.0
+    assert (ranking.weight, ranking.k, ranking.margin) == (0.5, 1, 0.2)
+
+
+def test_one_class_an_experience():
+    strategy = make(PODNet)
+    for experience in make_benchmark(experiences=10, order=range(10)).train_stream[:2]:
+        strategy.train(experience)
+    assert len(strategy.model.classes) == 2
+
+
 def test_ucir_can_leave_out_the_ranking_loss():
     assert "MarginRankingPlugin" in parts(make(UCIR))
     assert "MarginRankingPlugin" not in parts(make(UCIR, ranking_weight=0))
