@@ -147,10 +147,21 @@ def test_an_old_class_is_herded_anew_from_its_files_alone(monkeypatch):
     monkeypatch.setattr(
         Compression, "encode", lambda *a, **k: (seen.append(a[1]), encode(*a, **k))[1]
     )
-    buffer.post_adapt(AGENT, stream[1])
+    herded = []
+
+    class Watched(Pixels):
+        def extract_features(self, x):
+            herded.extend(map(key, x))
+            return super().extract_features(x)
+
+    buffer.post_adapt(SimpleNamespace(model=Watched(), device=AGENT.device), stream[1])
     assert files.items() >= {r: f for r, f in buffer._files.items() if r[0] == 0}.items()
-    new = {key(T.functional.to_tensor(image)) for image in originals_of(stream[1])}
+    old, new = (
+        {key(T.functional.to_tensor(image)) for image in originals_of(e)} for e in stream[:2]
+    )
     assert {key(T.functional.to_tensor(image)) for image in seen} <= new
+    assert {key(decoded(file)) for file in files.values()} <= {*herded}
+    assert not old.intersection(herded)
 
 
 def originals_of(experience):

@@ -148,7 +148,6 @@ class PODDistillationPlugin(_Distillation):
     :param weight: of POD on the stages' outputs, lambda_c: 3 on CIFAR-100.
     :param flat_weight: of POD-flat, lambda_f; 0 leaves it out.
     :param pooling: how :func:`pod_loss` pools.
-    :param normalize: whether pooled outputs are L2-normalised.
     :param adaptive: whether the factor f applies.
     :param teacher: the previous network, if several plugins are to share it.
     :raises ValueError: for a negative weight or an unknown pooling; before training, for a network
@@ -162,7 +161,6 @@ class PODDistillationPlugin(_Distillation):
         flat_weight: float = 1.0,
         *,
         pooling: str = "spatial",
-        normalize: bool = True,
         adaptive: bool = True,
         teacher: PreviousModel | None = None,
     ) -> None:
@@ -172,7 +170,7 @@ class PODDistillationPlugin(_Distillation):
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.weight, self.flat_weight = weight, flat_weight
-        self.pooling, self.normalize, self.adaptive = pooling, normalize, adaptive
+        self.pooling, self.adaptive = pooling, adaptive
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
@@ -184,7 +182,7 @@ class PODDistillationPlugin(_Distillation):
         assert new is not None
         loss = new.features.new_zeros(())
         if self.weight:
-            stages = pod_loss(old.stage_maps, new.stage_maps, self.pooling, self.normalize)
+            stages = pod_loss(old.stage_maps, new.stage_maps, self.pooling)
             loss = loss + self.weight * stages
         if self.flat_weight:
             loss = loss + self.flat_weight * less_forget_loss(old.features, new.features)
