@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-def auxiliary_targets(targets: Tensor, new_classes: Sequence[int]) -> Tensor:
+def auxiliary_targets(targets: Tensor, new_classes: Sequence[int] | Tensor) -> Tensor:
     """Return the targets of the auxiliary classifier: all old classes as one, each new one alone.
 
     DER (Yan et al., CVPR 2021), section 3.2: the newest block's features are classified into
@@ -31,7 +31,7 @@ def auxiliary_targets(targets: Tensor, new_classes: Sequence[int]) -> Tensor:
     :param new_classes: ids of the experience's new classes.
     :return: ``[B]``: 0 for every other class, ``i + 1`` for ``new_classes[i]``.
     """
-    matches = targets.unsqueeze(1) == torch.as_tensor(list(new_classes), device=targets.device)
+    matches = targets.unsqueeze(1) == torch.as_tensor(new_classes, device=targets.device)
     positions = torch.arange(1, matches.shape[1] + 1, device=targets.device)
     return (matches * positions).sum(dim=1)
 
@@ -229,7 +229,7 @@ def less_forget_loss(old_features: Tensor, new_features: Tensor) -> Tensor:
 def margin_ranking_loss(
     similarities: Tensor,
     targets: Tensor,
-    old_classes: Sequence[int],
+    old_classes: Sequence[int] | Tensor,
     k: int = 2,
     margin: float = 0.5,
 ) -> Tensor:
@@ -248,7 +248,7 @@ def margin_ranking_loss(
     :param margin: by how much the right class is to be ahead.
     :raises ValueError: if k is not between 1 and the number of new columns.
     """
-    old = torch.as_tensor(list(old_classes), device=targets.device)
+    old = torch.as_tensor(old_classes, device=targets.device)
     new_columns = similarities.shape[1] - len(old)
     if not 1 <= k <= new_columns:
         raise ValueError(f"k: expected 1 to {new_columns}, the number of new columns, got {k}")

@@ -42,6 +42,7 @@ class AuxiliaryLossPlugin(SupervisedPlugin):
         logits = network.outputs.auxiliary_logits
         if logits is None or not logits.requires_grad:  # A phase may train the classifier alone.
             return
-        loss = F.cross_entropy(logits, auxiliary_targets(strategy.mb_y, network.new_classes))
+        new_classes = network.columns[-len(network.new_classes) :]
+        loss = F.cross_entropy(logits, auxiliary_targets(strategy.mb_y, new_classes))
         main_weight = 1 - self.weight if self.convex else 1
         strategy.loss = main_weight * strategy.loss + self.weight * loss

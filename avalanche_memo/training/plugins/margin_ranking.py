@@ -41,9 +41,9 @@ class MarginRankingPlugin(SupervisedPlugin):
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the loss to ``strategy.loss``."""
         network = strategy.model
-        old_classes = [c for new in network.growth[:-1] for c in new]
-        if not old_classes:
+        if len(network.growth) < 2:
             return
+        old_classes = network.columns[: -len(network.new_classes)]
         similarities = network.outputs.logits / network.classifier.scale
         k = min(self.k, len(network.new_classes))
         loss = margin_ranking_loss(similarities, strategy.mb_y, old_classes, k, self.margin)
