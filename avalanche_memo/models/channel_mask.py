@@ -85,7 +85,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     A closed channel is exactly 0, the norm's shift included. The mask multiplies the norm's scale
     and shift, so that no feature map is read once more. While learning, the mask is soft; in
-    evaluation it is 0 or 1, and at least one channel is open.
+    evaluation it is 0 or 1. At least one channel is open, in both: a network that learned without
+    it would be another one, with it.
 
     :param channels: C.
     """
@@ -125,9 +126,11 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     def mask(self) -> Tensor:
         """Return the mask ``[C]``."""
-        if self.training:
-            return channel_mask(self.embedding, self.scale, self.rate)
-        return self.open_channels().to(self.weight.dtype)
+        is_open = self.open_channels()
+        if not self.training:
+            return is_open.to(self.weight.dtype)
+        soft = channel_mask(self.embedding, self.scale, self.rate)
+        return torch.where(is_open & (self.embedding <= 0), 1, soft)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised and masked feature map."""
