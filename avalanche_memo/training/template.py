@@ -254,18 +254,20 @@ class IncrementalTemplate(SupervisedTemplate):
                 continue
             self.phase_index, self.phase = index, phase
             learning = [(p, p.requires_grad) for p in self.model.parameters()]
-            self._enter_phase(phase, resume, **kwargs)
-            resume = None
-            self.train_epochs = phase.epochs - self.phase_epoch
-            # An early stop ends a phase, not the phases after it.
-            self._stop_training = False
-            super()._train_exp(experience, eval_streams, **kwargs)
-            for parameter, learns in learning:
-                parameter.grad = None
-                parameter.requires_grad_(learns)
-            self.adapted_dataset, self.dataloader = all_data, all_loader
-        self.phase = None
-        self.model.train()
+            try:
+                self._enter_phase(phase, resume, **kwargs)
+                resume = None
+                self.train_epochs = phase.epochs - self.phase_epoch
+                # An early stop ends a phase, not the phases after it.
+                self._stop_training = False
+                super()._train_exp(experience, eval_streams, **kwargs)
+            finally:  # Whoever interrupts a phase may train on.
+                for parameter, learns in learning:
+                    parameter.grad = None
+                    parameter.requires_grad_(learns)
+                self.adapted_dataset, self.dataloader = all_data, all_loader
+                self.phase = None
+                self.model.train()
 
     def _enter_phase(self, phase: Phase, resume: dict[str, Any] | None, **kwargs: Any) -> None:
         self.phase_epoch = 0

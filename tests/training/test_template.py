@@ -284,6 +284,40 @@ def test_the_second_phase_changes_the_classifier_alone(api, fast):
     assert not any(p.requires_grad for p in strategy.model.specialized[1].parameters())
 
 
+class Interrupt(SupervisedPlugin):
+    """Stops the classifier's phase at its first step, once."""
+
+    armed = True
+
+    def after_training_iteration(self, strategy, **kwargs):
+        if self.armed and strategy.phase.learns == "classifier":
+            self.armed = False
+            self.inside = strategy.adapted_dataset, strategy.dataloader
+            raise KeyboardInterrupt
+
+
+@FAST
+def test_an_interrupted_phase_leaves_nothing_behind(fast):
+    interrupt = Interrupt()
+    strategy = der(interrupt, fast=fast)
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(stream[1])
+    newest, older = strategy.model.specialized[-1], strategy.model.specialized[0]
+    assert all(p.requires_grad for p in newest.parameters())
+    assert not any(p.requires_grad for p in older.parameters())
+    assert all(p.grad is None for p in strategy.model.parameters())
+    assert newest.training
+    assert strategy.phase is None
+    assert strategy.adapted_dataset is not interrupt.inside[0]
+    assert strategy.dataloader is not interrupt.inside[1]
+    before = tensors_of(newest)
+    strategy.train(stream[2])
+    assert_same_tensors(tensors_of(newest), before)  # Frozen now.
+    assert all(p.requires_grad for p in strategy.model.specialized[-1].parameters())
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_the_classifier_starts_afresh_on_demand(reset):
     second = SecondPhase()
