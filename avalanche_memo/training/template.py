@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from avalanche.training.plugins import EarlyStoppingPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
@@ -289,6 +290,11 @@ class IncrementalTemplate(SupervisedTemplate):
             for plugin in self._loading:
                 plugin.before_training_exp(self, **kwargs)
         self._start_optimizer(list(self.model.parameters()), phase.lr, phase.weight_decay)
+        for plugin in self.plugins:
+            if isinstance(plugin, EarlyStoppingPlugin) and self.phase_index:
+                # Neither the last phase's best state nor its last accuracy is one of this phase.
+                plugin.before_training_exp(self)
+                self.evaluator.reset_last_metrics()
         if resume:
             restore_progress(self, resume)
 

@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.core import SupervisedPlugin
-from avalanche.evaluation.metrics import loss_metrics
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin
 
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training import (
@@ -50,8 +51,7 @@ def make(strategy: Any, shared_stages: int, *plugins: Any, **options: Any) -> An
         optimizer=sgd(model),
         train_mb_size=6,
         plugins=list(plugins),
-        evaluator=silent(),
-        **{"fast": False, **memory, **options},
+        **{"fast": False, "evaluator": silent(), **memory, **options},
     )
 
 
@@ -213,6 +213,33 @@ def test_an_early_stop_ends_a_phase_and_not_the_next(last):
     strategy = make(MEMO, 2, record, Stop(), first_phases=phases)
     strategy.train(make_benchmark().train_stream[0])
     assert record.rates == [[0.05] * (last + 1) + [0.3] * 3]
+
+
+def test_avalanches_early_stopping_watches_each_phase_by_itself():
+    """With a margin that nothing exceeds, a phase's best is what its first epoch has left."""
+
+    class Watch(SupervisedPlugin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights: dict[tuple[int, int], torch.Tensor] = {}
+
+        def after_training_epoch(self, strategy, **kwargs):
+            weight = strategy.model.classifier.weight.detach().clone()
+            self.weights[strategy.phase_index, strategy.phase_epoch] = weight
+
+    watch = Watch()
+    strategy = der(
+        watch,
+        EarlyStoppingPlugin(patience=2, val_stream_name="test_stream", margin=2.0),
+        first_phases=[Phase(5), replace(CLASSIFIER, epochs=5)],
+        eval_every=1,
+        evaluator=EvaluationPlugin(accuracy_metrics(stream=True), loggers=[]),
+    )
+    benchmark = make_benchmark()
+    strategy.train(benchmark.train_stream[0], eval_streams=[benchmark.test_stream])
+    # Evaluated before training, too: the first phase's best is what it began with.
+    assert list(watch.weights) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert torch.equal(strategy.model.classifier.weight, watch.weights[1, 0])
 
 
 # --- DER's second phase -------------------------------------------------------------------------
