@@ -346,10 +346,7 @@ def _strategy(
         "mask_rate": config.mask_rate,
     }
     if config.method == "memo" and network.masked:
-        pruning = SparsityPlugin(
-            config.sparsity_weight, s_max=config.mask_s_max, rate=config.mask_rate
-        )
-        plugins = [*plugins, pruning]
+        plugins = [*plugins, SparsityPlugin(**sparsity)]
     podnet = {
         "nca": config.nca,
         "pod_weight": config.pod_weight,

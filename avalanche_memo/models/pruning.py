@@ -163,8 +163,7 @@ def _as_residual(block: nn.Module) -> Residual:
     attention = children.pop("attention", None) or nn.Identity()
     if not isinstance(attention, nn.Identity):
         raise ValueError(
-            "backbone: expected no attention beside channel masks, "
-            f"got {type(attention).__name__}"
+            f"backbone: expected no attention beside channel masks, got {type(attention).__name__}"
         )
     relu = children.pop("relu", None) or nn.ReLU()
     shortcut = children.pop("shortcut", None) or children.pop("downsample", None) or nn.Identity()

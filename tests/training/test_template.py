@@ -82,9 +82,13 @@ class Record(SupervisedPlugin):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"epochs": 0}, "epochs: expected a number of at least 1, got 0"),
+        ({"epochs": 0}, "epochs: expected a whole number of at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs: expected a whole number of at least 1, got 1.5"),
         ({"lr": 0.0}, "lr: expected a positive rate or None, got 0.0"),
         ({"lr": -1.0}, "lr: .*got -1.0"),
+        ({"lr": math.inf}, "lr: .*got inf"),
+        ({"weight_decay": math.inf}, "weight_decay: .*got inf"),
+        ({"gamma": math.inf}, "gamma: .*got inf"),
         ({"weight_decay": -1e-4}, "weight_decay: .*got -0.0001"),
         ({"milestones": (3, 2)}, r"milestones: expected rising epoch numbers.*got \(3, 2\)"),
         ({"milestones": (2, 2)}, "milestones: "),
@@ -94,8 +98,10 @@ class Record(SupervisedPlugin):
         ({"learns": "head"}, "learns: expected 'all' or 'classifier', got head"),
         ({"data": "some"}, "data: expected 'all', 'balanced' or 'exemplars', got some"),
         ({"data": "exemplars"}, "data: expected 'exemplars' only where learns is 'classifier'"),
-        ({"images": 0}, "images: expected a number of at least 1 or None, got 0"),
+        ({"images": 0}, "images: expected a whole number of at least 1 or None, got 0"),
+        ({"images": 1.5}, "images: expected a whole number of at least 1 or None, got 1.5"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+        ({"temperature": math.inf}, "temperature: expected a positive number, got inf"),
     ],
 )
 def test_a_phase_refuses_wrong_values(options, named):
