@@ -31,6 +31,7 @@ BACKBONES: dict[str, Any] = {
     "cifar no_relu": partial(cifar_resnet, 8, last_relu=False),
     "four stages": four_stage_resnet,
     "basic": partial(imagenet_resnet, 18),
+    "cifar_stem": partial(imagenet_resnet, 10, stem="cifar"),
     "bottleneck": partial(imagenet_resnet, 26),
     "bottleneck no_relu": partial(imagenet_resnet, 26, last_relu=False),
     "convnet2": convnet2,
