@@ -44,7 +44,8 @@ class Config:
     :param image_size: side of the images, in pixels (image_folder).
     :param class_order_seed: seed of the class order; the papers' is 1993.
     :param backbone: resnet8 to resnet110 (CIFAR's), four_stage_resnet, convnet2,
-        imagenet_resnet10 to imagenet_resnet50, or convnet4.
+        imagenet_resnet10 to imagenet_resnet50 (for small images imagenet_resnet18_cifar_stem and
+        so on), or convnet4.
     :param attention: cbam puts it into every block (resnet*, four_stage_resnet).
     :param shared_stages: stages shared; the method's own number where it is not given (all but
         the last for MEMO).

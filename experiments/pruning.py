@@ -19,6 +19,7 @@ import torch
 
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import ExpandableNetwork
+from experiments.comparison import check_protocol
 from experiments.config import Config, parse
 from experiments.figures import new_figure, save_figure
 from experiments.run import chip, make_network
@@ -210,6 +211,20 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
     save_figure(figure, path)
 
 
+def _check_alike(folders: Sequence[Path]) -> None:
+    """Check that runs are of one protocol and one backbone."""
+    paths = {str(folder): folder / "config.yaml" for folder in folders}
+    configs = {
+        folder: parse(["--config", str(path)]).identity()
+        for folder, path in paths.items()
+        if path.exists()
+    }
+    check_protocol(configs)
+    backbones = sorted({config["backbone"] for config in configs.values()})
+    if len(backbones) > 1:
+        raise ValueError(f"folders: expected runs of one backbone, got {', '.join(backbones)}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Report on run folders."""
     parser = argparse.ArgumentParser(prog="python -m experiments.pruning", description=__doc__)
@@ -219,6 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     try:
+        _check_alike(options.folders)
         reports = [report(folder, options.device, options.rounds) for folder in options.folders]
     except ValueError as error:
         parser.error(str(error))

@@ -82,6 +82,7 @@ __all__ = [
     "run",
 ]
 
+_MASKED = ("memo", "der")
 _FIRST_EXPERIENCE = "first_experience.pt"
 
 log = logging.getLogger("avalanche_memo")
@@ -260,8 +261,9 @@ def make_benchmark(config: Config) -> Any:
 
 def _backbone(config: Config) -> StagedBackbone:
     channels = 1 if config.benchmark == "digits" else 3
-    match = re.fullmatch(r"(resnet|imagenet_resnet|convnet)(\d+)", config.backbone)
-    kind, depth = (match[1], int(match[2])) if match else (config.backbone, 0)
+    pattern = r"(resnet|imagenet_resnet|convnet)(\d+)(|_cifar_stem)"
+    match = re.fullmatch(pattern, config.backbone)
+    kind, depth = (match[1] + match[3], int(match[2])) if match else (config.backbone, 0)
     last_relu = config.method not in ("podnet", "ucir")
     if kind == "resnet":
         return cifar_resnet(depth, config.attention, channels, last_relu)
@@ -274,11 +276,13 @@ def _backbone(config: Config) -> StagedBackbone:
         )
     if kind == "imagenet_resnet":
         return imagenet_resnet(depth, last_relu)
+    if kind == "imagenet_resnet_cifar_stem":
+        return imagenet_resnet(depth, last_relu, "cifar")
     if kind == "convnet" and depth in (2, 4):
         return (convnet2 if depth == 2 else convnet4)(channels)
     raise ValueError(
         "backbone: expected resnet8 to resnet110, four_stage_resnet, convnet2, imagenet_resnet10 "
-        f"to imagenet_resnet50 or convnet4, got {config.backbone}"
+        f"to imagenet_resnet50 (also with _cifar_stem) or convnet4, got {config.backbone}"
     )
 
 
@@ -304,6 +308,12 @@ def _memory_rates(config: Config, stream: Any) -> MemoryRates | None:
 
 def make_network(config: Config) -> ExpandableNetwork:
     """Return the network that a configuration says, before it has learned anything."""
+    masked = config.method in _MASKED and config.sparsity_weight != 0
+    if config.sparsity_weight != 0 and not masked:
+        raise ValueError(
+            f"sparsity_weight: expected 0 for {config.method}, which has no masks, "
+            f"got {config.sparsity_weight}"
+        )
     backbone = _backbone(config)
     stages = len(backbone.stages)
     shared = {"memo": stages - 1, "der": 0}.get(config.method, stages)
@@ -318,7 +328,7 @@ def make_network(config: Config) -> ExpandableNetwork:
         train_generalized=config.train_generalized,
         gradient_through_frozen=config.gradient_through_frozen,
         make_classifier=classifiers.get(config.method, GrowingLinear),
-        masked=config.method in ("memo", "der") and config.sparsity_weight != 0,
+        masked=masked,
     )
 
 
@@ -347,10 +357,7 @@ def _strategy(
         "mask_rate": config.mask_rate,
     }
     if config.method == "memo" and network.masked:
-        pruning = SparsityPlugin(
-            config.sparsity_weight, s_max=config.mask_s_max, rate=config.mask_rate
-        )
-        plugins = [*plugins, pruning]
+        plugins = [*plugins, SparsityPlugin(**sparsity)]
     podnet = {
         "nca": config.nca,
         "pod_weight": config.pod_weight,
@@ -549,9 +556,8 @@ def main(arguments: list[str] | None = None) -> None:
     for method in config.against:
         # A folder of its own: named after the method, or beside the one that was given.
         folder = config.run_folder and f"{config.run_folder}-{method}"
-        results.append(
-            run(replace(config, method=method, against=[], shared_stages=None, run_folder=folder))
-        )
+        other = replace(config, method=method, against=[], shared_stages=None, run_folder=folder)
+        results.append(run(other if method in _MASKED else replace(other, sparsity_weight=0.0)))
     if len(results) > 1:
         accuracy_figure(results, config.folder / "accuracy.png")
     print(accuracy_table(results))

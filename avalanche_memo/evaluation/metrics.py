@@ -101,7 +101,8 @@ class ClassIncrementalAccuracy(PluginMetric):
     The history has a row for each number of experiences trained. A later evaluation overwrites,
     in the present row, the experiences that it evaluates: one in the midst of an experience is
     thus replaced by the one at its end. Each stream has its own history. An experience cut into
-    online sub-experiences counts once. Which class was taken for which is kept for the last row.
+    online sub-experiences, or trained several times in a row, counts once. Which class was
+    taken for which is kept for the last row.
     """
 
     _last: dict[str, float]
@@ -114,6 +115,7 @@ class ClassIncrementalAccuracy(PluginMetric):
     def reset(self) -> None:
         """Forget everything, the history included."""
         self._trained = 0
+        self._experience: int | None = None
         self._seen: list[int] = []
         self._history: dict[str, dict[int, _Row]] = {}
         self._confusions: dict[str, dict[int, _Confusions]] = {}
@@ -200,6 +202,7 @@ class ClassIncrementalAccuracy(PluginMetric):
         """Return all that a resumed run needs, as dicts and lists of strings and ints."""
         return {
             "trained": self._trained,
+            "experience": self._experience,
             "classes": list(self._seen),
             "history": deepcopy(self._history),
             "confusions": deepcopy(self._confusions),
@@ -210,11 +213,14 @@ class ClassIncrementalAccuracy(PluginMetric):
 
         :raises ValueError: if a key is missing or unknown.
         """
-        expected = {"trained", "classes", "history", "confusions"}
+        # Older states do not say which experience was trained last.
+        state = {"experience": None, **state}
+        expected = {"trained", "experience", "classes", "history", "confusions"}
         if set(state) != expected:
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
         self.reset()
         self._trained = state["trained"]
+        self._experience = state["experience"]
         self._seen = list(state["classes"])
         self._history = deepcopy(state["history"])
         self._confusions = deepcopy(state["confusions"])
@@ -224,9 +230,12 @@ class ClassIncrementalAccuracy(PluginMetric):
     def before_training_exp(self, strategy: Any) -> None:
         """Count the experience and note its classes."""
         experience = strategy.experience
-        self._trained += bool(getattr(experience, "is_first_subexp", True))
+        first = getattr(experience, "is_first_subexp", True)
         # An online sub-experience knows its classes through the one that it was cut from.
         experience = getattr(experience, "origin_experience", experience)
+        number = getattr(experience, "current_experience", None)
+        self._trained += bool(first and (number is None or number != self._experience))
+        self._experience = number
         classes = getattr(experience, "classes_in_this_experience", None) or ()
         # int: numpy's integers are not plain data.
         self._seen += sorted({int(c) for c in classes} - set(self._seen))

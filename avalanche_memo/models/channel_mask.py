@@ -85,13 +85,19 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     A closed channel is exactly 0, the norm's shift included. The mask multiplies the norm's scale
     and shift, so that no feature map is read once more. While learning, the mask is soft; in
-    evaluation it is 0 or 1, and at least one channel is open.
+    evaluation it is 0 or 1. At least one channel is open, in both: a network that learned without
+    it would be another one, with it.
 
     :param channels: C.
+    :param eps: as for a BatchNorm.
+    :param momentum: likewise.
     """
 
-    def __init__(self, channels: int, **norm_options: Any) -> None:
-        super().__init__(channels, **norm_options)
+    momentum: float
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(channels, eps, momentum)
         self.embedding = nn.Parameter(torch.empty(channels))
         self.scale = 1.0
         """The scale s of the gates, set at every training step."""
@@ -102,7 +108,8 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     @classmethod
     def of(cls, norm: nn.BatchNorm2d) -> "MaskedBatchNorm2d":
         """Return a norm like another one, with a fresh mask."""
-        masked = cls(norm.num_features, eps=norm.eps, momentum=norm.momentum).to(norm.weight)
+        assert norm.momentum is not None
+        masked = cls(norm.num_features, norm.eps, norm.momentum).to(norm.weight)
         masked.load_state_dict(masked.state_dict() | norm.state_dict())
         return masked
 
@@ -125,14 +132,16 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
 
     def mask(self) -> Tensor:
         """Return the mask ``[C]``."""
-        if self.training:
-            return channel_mask(self.embedding, self.scale, self.rate)
-        return self.open_channels().to(self.weight.dtype)
+        is_open = self.open_channels()
+        if not self.training:
+            return is_open.to(self.weight.dtype)
+        soft = channel_mask(self.embedding, self.scale, self.rate)
+        return torch.where(is_open & (self.embedding <= 0), 1, soft)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised and masked feature map."""
         mask = self.mask()
-        if self.training and self.num_batches_tracked is not None:
+        if self.training:
             self.num_batches_tracked.add_(1)
         return F.batch_norm(
             x,
@@ -141,7 +150,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
             mask * self.weight,
             mask * self.bias,
             self.training,
-            self.momentum or 0.0,
+            self.momentum,
             self.eps,
         )
 

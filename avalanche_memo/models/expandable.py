@@ -135,6 +135,11 @@ class ExpandableNetwork(DynamicModule):
             self.specialized.append(mask_channels(block) if masked else block)
         # Empty, or the newest block as it was before it was pruned.
         self.unpruned = nn.ModuleList()
+        if masked and not self.masks():
+            raise ValueError(
+                "masked: expected False where the stages that are added have no convolution, "
+                "got True"
+            )
         classifier = make_classifier()
         if not isinstance(classifier, GrowingClassifier):
             raise TypeError(
@@ -262,6 +267,7 @@ class ExpandableNetwork(DynamicModule):
         """Cut the channels out of the newest block that are closed; once per block.
 
         :param kept: for each of :meth:`masks`, the numbers of the channels to keep instead.
+        :raises ValueError: if these are not some of each layer's channels, at least one, each once.
         """
         if not self.masked or len(self.kept) == len(self.specialized):
             return
@@ -276,7 +282,7 @@ class ExpandableNetwork(DynamicModule):
 
     def _open_channels(self, layer: MaskedLayer) -> list[int]:
         if not (layer.norm.embedding > 0).any():
-            log.info(
+            log.warning(
                 "pruning: block %d would keep no channel of layer %s; it keeps the best one",
                 *(len(self.specialized), layer.name),
             )

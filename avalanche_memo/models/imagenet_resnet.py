@@ -4,6 +4,8 @@ He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), table 1; 
 as in Zhou et al., "A Model or 603 Exemplars" (ICLR 2023), whose ResNet-26 has bottleneck blocks.
 """
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -41,23 +43,35 @@ class OpenBlock(nn.Module):
         return residual + shortcut
 
 
-def imagenet_resnet(depth: int, last_relu: bool = True) -> StagedBackbone:
+def imagenet_resnet(
+    depth: int, last_relu: bool = True, stem: Literal["imagenet", "cifar"] = "imagenet"
+) -> StagedBackbone:
     """Make an ImageNet ResNet: images ``[B, 3, H, W]`` to features ``[B, 512]``.
 
     Stages: stem and layer1, layer2, layer3, layer4, whose maps are 1/4, 1/8, 1/16 and 1/32 of the
-    image's size. Depths 26 and 50 have bottleneck blocks and features ``[B, 2048]``. Weights are
-    torchvision's random initialization. ResNet-18 has 11,176,512 parameters.
+    image's size; with the stem for small images 1, 1/2, 1/4 and 1/8. Depths 26 and 50 have
+    bottleneck blocks and features ``[B, 2048]``. Weights are torchvision's random initialization.
+    ResNet-18 has 11,176,512 parameters.
 
     :param depth: 10, 18, 26, 34 or 50.
     :param last_relu: whether a stage's output has its ReLU, as for :func:`cifar_resnet`.
-    :raises ValueError: for another depth.
+    :param stem: ``"cifar"`` for small images: a convolution 3x3 of stride 1 and no pooling. With
+        depth 18 it is DER's network on CIFAR-100 (the authors' released code, which besides starts
+        each residual's last norm at 0); it has 11,168,832 parameters.
+    :raises ValueError: for another depth or stem.
     """
+    if stem not in ("imagenet", "cifar"):
+        raise ValueError(f"stem: expected 'imagenet' or 'cifar', got {stem!r}")
     if depth not in _BLOCKS:
         raise ValueError(f"depth: expected one of {', '.join(map(str, _BLOCKS))}, got {depth}")
     block, layers = _BLOCKS[depth]
     net = ResNet(block, layers, num_classes=1)
-    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-    stages = [nn.Sequential(stem, *net.layer1), net.layer2, net.layer3, net.layer4]
+    if stem == "cifar":
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    first = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+    stages = [nn.Sequential(first, *net.layer1), net.layer2, net.layer3, net.layer4]
     if not last_relu:
         for stage in stages:
             stage[-1] = OpenBlock(stage[-1])

@@ -23,6 +23,7 @@ from avalanche_memo.models.imagenet_resnet import OpenBlock
 __all__ = ["MaskedLayer", "Residual", "mask_channels", "masked_layers", "prune_channels"]
 
 _LISTS = (nn.Sequential, nn.ModuleList)
+# Exactly these here and below: a subclass may compute something else.
 _BLOCKS = (CifarBlock, BasicBlock, Bottleneck, OpenBlock)
 # What maps a channel of zeros to a channel of zeros.
 _CHANNELWISE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Identity, ZeroPadShortcut)
@@ -110,23 +111,24 @@ def mask_channels(block: nn.Module) -> nn.Module:
     :raises ValueError: if a part can't be masked: a convolution of several groups or without a
         BatchNorm, or a layer of another kind, such as attention.
     """
-    if isinstance(block, _BLOCKS):
+    if type(block) in _BLOCKS:
         return mask_channels(_as_residual(block))
     if isinstance(block, Residual):
         residual, shortcut = mask_channels(block.residual), mask_channels(block.shortcut)
         return Residual(residual, shortcut, block.last_relu)
-    if isinstance(block, _CHANNELWISE):
-        return block
+    if type(block) in _CHANNELWISE:
+        return copy.deepcopy(block)  # One layer may stand in several places of a sequence.
     if type(block) not in _LISTS:
         raise ValueError(
             "backbone: expected layers whose channels can be masked (convolutions, each followed "
             "by a BatchNorm2d, ReLU, pooling, this package's residual blocks without attention), "
             f"got {type(block).__name__}"
         )
+    assert isinstance(block, _LISTS)
     masked: list[nn.Module] = []
-    layers = iter(block.children())
+    layers = iter(block)
     for layer in layers:
-        if isinstance(layer, nn.Conv2d):
+        if type(layer) is nn.Conv2d:
             masked += [layer, _masked_norm(layer, next(layers, None))]
         else:
             masked.append(mask_channels(layer))
@@ -143,26 +145,37 @@ def _masked_norm(convolution: nn.Conv2d, norm: nn.Module | None) -> MaskedBatchN
             "backbone: expected convolutions of one group for channel masks, "
             f"got one of {convolution.groups} groups"
         )
-    if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.momentum is None:
+    if (
+        type(norm) is not nn.BatchNorm2d
+        or not norm.affine
+        or not norm.track_running_stats
+        or norm.momentum is None
+    ):
         raise ValueError(
-            "backbone: expected a BatchNorm2d with scale, shift and momentum right behind each "
-            f"convolution for channel masks, got {norm}"
+            "backbone: expected a BatchNorm2d with scale, shift, running statistics and momentum "
+            f"right behind each convolution for channel masks, got {norm}"
         )
     return MaskedBatchNorm2d.of(norm)
 
 
 def _as_residual(block: nn.Module) -> Residual:
     children = dict(block.named_children())
-    if not isinstance(children.get("attention", nn.Identity()), nn.Identity):
+    attention = children.pop("attention", None) or nn.Identity()
+    if not isinstance(attention, nn.Identity):
         raise ValueError(
-            "backbone: expected no attention beside channel masks, "
-            f"got {type(children['attention']).__name__}"
+            f"backbone: expected no attention beside channel masks, got {type(attention).__name__}"
         )
+    relu = children.pop("relu", None) or nn.ReLU()
+    shortcut = children.pop("shortcut", None) or children.pop("downsample", None) or nn.Identity()
     layers: list[nn.Module] = []
     for i in range(1, 4):
         if f"conv{i}" in children:
-            layers += [children[f"conv{i}"], children[f"bn{i}"], nn.ReLU(inplace=True)]
-    shortcut = children.get("shortcut") or children.get("downsample") or nn.Identity()
+            layers += [children.pop(f"conv{i}"), children.pop(f"bn{i}"), nn.ReLU(inplace=True)]
+    if children or type(relu) is not nn.ReLU:
+        raise ValueError(
+            "backbone: expected residual blocks of convolutions, BatchNorm2d, ReLU and a shortcut "
+            f"for channel masks, got {block}"
+        )
     last_relu = getattr(block, "last_relu", not isinstance(block, OpenBlock))
     return Residual(nn.Sequential(*layers[:-1]), shortcut, last_relu)
 
@@ -219,8 +232,19 @@ def prune_channels(block: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module
     :param block: the masked block, in an ``nn.ModuleList`` of stages. Parameters get other names
         than here: Avalanche's regularisers follow them by name and refuse any that shrinks.
     :param kept: for each of :func:`masked_layers`, the numbers of the channels to keep.
+    :raises ValueError: if these are not some of each layer's channels, at least one, each once.
     """
     layers = masked_layers(block)
+    if len(kept) != len(layers):
+        raise ValueError(f"kept: expected channels of {len(layers)} layers, got of {len(kept)}")
+    for layer, channels in zip(layers, kept, strict=True):
+        width = layer.norm.num_features
+        known = set(channels) & set(range(width))
+        if not known or len(known) < len(channels):
+            raise ValueError(
+                f"kept: expected at least one of the channels 0 to {width - 1} of layer "
+                f"{layer.name}, each once, got {list(channels)}"
+            )
     chosen = {layer.convolution: list(k) for layer, k in zip(layers, kept, strict=True)}
     device = layers[0].convolution.weight.device
 

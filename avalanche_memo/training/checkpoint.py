@@ -108,7 +108,9 @@ def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None
     strategy.model.load_state_dict(state["model"])
     strategy.model.to(strategy.device)
     if "plugins" in state:
-        for plugin, saved in zip(_stateful(strategy.plugins), state["plugins"], strict=True):
+        # Weight alignment, which has no state, once saved one.
+        states = [saved for saved in state["plugins"] if set(saved) != {"aligned"}]
+        for plugin, saved in zip(_stateful(strategy.plugins), states, strict=True):
             plugin.load_state_dict(saved, stream)
     _restore_counts(strategy, state)
     if state["phase"] is not None:

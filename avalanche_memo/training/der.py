@@ -82,9 +82,11 @@ class DynamicallyExpandableRepresentation(ReplayTemplate):
     :param mask_s_max: scale of the masks at an epoch's end.
     :param mask_rate: how much faster than weights the masks learn; see :class:`SparsityPlugin`.
     :param base_kwargs: the arguments of :class:`ReplayTemplate`. Without ``later_phases``,
-        ``train_epochs`` epochs are followed by :data:`DER_CLASSIFIER`.
+        ``train_epochs`` epochs are followed by :data:`DER_CLASSIFIER`, whose rate is meant for SGD:
+        with Adam, give phases of your own.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
-    :raises ValueError: if it shares a stage, or has masks without a sparsity weight or the reverse.
+    :raises ValueError: if it shares a stage, if a weight is outside its range, or, before training
+        at the latest, if it has masks without a sparsity weight or the reverse.
     """
 
     def __init__(
@@ -102,13 +104,10 @@ class DynamicallyExpandableRepresentation(ReplayTemplate):
     ) -> None:
         check_network(model, "DER", shares="none")
         losses: list[Any] = [AuxiliaryLossPlugin(auxiliary_weight)]
-        if model.masked != (sparsity_weight != 0):
-            raise ValueError(
-                f"sparsity_weight: expected {'one above 0' if model.masked else '0'} for a network "
-                f"with masked={model.masked}, got {sparsity_weight}"
+        if sparsity_weight != 0:
+            losses.append(
+                SparsityPlugin(sparsity_weight, mask_s_max=mask_s_max, mask_rate=mask_rate)
             )
-        if model.masked:
-            losses.append(SparsityPlugin(sparsity_weight, s_max=mask_s_max, rate=mask_rate))
         if base_kwargs.get("later_phases") is None:
             representation = Phase(base_kwargs.get("train_epochs", 1))
             base_kwargs["later_phases"] = (representation, DER_CLASSIFIER)

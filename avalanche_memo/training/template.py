@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
+from avalanche.training.plugins import EarlyStoppingPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
 from avalanche_memo.training.compression import Compression
 from avalanche_memo.training.loading import ResidentBatches, shuffled_loader
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
+from avalanche_memo.training.plugins.sparsity import SparsityPlugin
 from avalanche_memo.training.storage_policy import MemoryRates, balanced_choice
 
 __all__ = ["IncrementalTemplate", "Phase", "ReplayTemplate"]
@@ -61,10 +64,15 @@ class Phase:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        _check(self.epochs >= 1, "epochs", "a number of at least 1", self.epochs)
-        _check(self.lr is None or self.lr > 0, "lr", "a positive rate or None", self.lr)
         _check(
-            self.weight_decay is None or self.weight_decay >= 0,
+            isinstance(self.epochs, Integral) and self.epochs >= 1,
+            "epochs",
+            "a whole number of at least 1",
+            self.epochs,
+        )
+        _check(self.lr is None or 0 < self.lr < math.inf, "lr", "a positive rate or None", self.lr)
+        _check(
+            self.weight_decay is None or 0 <= self.weight_decay < math.inf,
             "weight_decay",
             "a number of at least 0 or None",
             self.weight_decay,
@@ -87,7 +95,7 @@ class Phase:
             f"0 to the phase's {self.epochs} epochs",
             self.warmup_epochs,
         )
-        _check(self.gamma > 0, "gamma", "a positive number", self.gamma)
+        _check(0 < self.gamma < math.inf, "gamma", "a positive number", self.gamma)
         _check(self.learns in ("all", "classifier"), "learns", "'all' or 'classifier'", self.learns)
         _check(
             self.data in ("all", "balanced", "exemplars"),
@@ -102,12 +110,14 @@ class Phase:
             self.data,
         )
         _check(
-            self.images is None or self.images >= 1,
+            self.images is None or (isinstance(self.images, Integral) and self.images >= 1),
             "images",
-            "a number of at least 1 or None",
+            "a whole number of at least 1 or None",
             self.images,
         )
-        _check(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        _check(
+            0 < self.temperature < math.inf, "temperature", "a positive number", self.temperature
+        )
 
     @property
     def scheduled(self) -> bool:
@@ -137,11 +147,13 @@ class IncrementalTemplate(SupervisedTemplate):
     :param criterion: the main loss.
     :param method_plugins: the plugins that make the method; they run before the user's.
     :param first_phases: phases of the first experience; one of ``train_epochs`` by default.
-    :param later_phases: phases of the later ones; likewise.
+    :param later_phases: phases of the later ones; likewise. Later is all that follows the first
+        experience given to ``train``, even if that one is given again.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after each epoch, or ``None``.
     :raises ValueError: for an optimizer with several groups, for a phase on the exemplars without
-        a memory, and before training for an experience with no data.
+        a memory, for a network with masks without a ``SparsityPlugin``, and before training for an
+        experience with no data.
     :raises FloatingPointError: if a loss is not finite.
     """
 
@@ -190,6 +202,13 @@ class IncrementalTemplate(SupervisedTemplate):
             evaluator=evaluator,
             eval_every=eval_every,
             **base_kwargs,
+        )
+        _check(
+            not getattr(model, "masked", False)
+            or any(isinstance(plugin, SparsityPlugin) for plugin in self.plugins),
+            "plugins",
+            "a SparsityPlugin for a network with masked=True (DER: a sparsity_weight above 0)",
+            "none",
         )
         whole = (Phase(train_epochs),)
         self.first_phases = whole if first_phases is None else tuple(first_phases)
@@ -254,18 +273,20 @@ class IncrementalTemplate(SupervisedTemplate):
                 continue
             self.phase_index, self.phase = index, phase
             learning = [(p, p.requires_grad) for p in self.model.parameters()]
-            self._enter_phase(phase, resume, **kwargs)
-            resume = None
-            self.train_epochs = phase.epochs - self.phase_epoch
-            # An early stop ends a phase, not the phases after it.
-            self._stop_training = False
-            super()._train_exp(experience, eval_streams, **kwargs)
-            for parameter, learns in learning:
-                parameter.grad = None
-                parameter.requires_grad_(learns)
-            self.adapted_dataset, self.dataloader = all_data, all_loader
-        self.phase = None
-        self.model.train()
+            try:
+                self._enter_phase(phase, resume, **kwargs)
+                resume = None
+                self.train_epochs = phase.epochs - self.phase_epoch
+                # An early stop ends a phase, not the phases after it.
+                self._stop_training = False
+                super()._train_exp(experience, eval_streams, **kwargs)
+            finally:  # Whoever interrupts a phase may train on.
+                for parameter, learns in learning:
+                    parameter.grad = None
+                    parameter.requires_grad_(learns)
+                self.adapted_dataset, self.dataloader = all_data, all_loader
+                self.phase = None
+                self.model.train()
 
     def _enter_phase(self, phase: Phase, resume: dict[str, Any] | None, **kwargs: Any) -> None:
         self.phase_epoch = 0
@@ -287,6 +308,11 @@ class IncrementalTemplate(SupervisedTemplate):
             for plugin in self._loading:
                 plugin.before_training_exp(self, **kwargs)
         self._start_optimizer(list(self.model.parameters()), phase.lr, phase.weight_decay)
+        for plugin in self.plugins:
+            if isinstance(plugin, EarlyStoppingPlugin) and self.phase_index:
+                # Neither the last phase's best state nor its last accuracy is one of this phase.
+                plugin.before_training_exp(self)
+                self.evaluator.reset_last_metrics()
         if resume:
             restore_progress(self, resume)
 

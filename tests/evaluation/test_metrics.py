@@ -362,6 +362,24 @@ def test_online_sub_experiences_count_as_one_experience():
     assert "Top5_Acc_CNN_Stream/eval_phase/test_stream" in emitted
 
 
+def test_an_experience_trained_several_times_in_a_row_counts_once():
+    benchmark = make_benchmark("nc")
+    metric = ClassIncrementalAccuracy()
+    strategy = make_strategy(metric)
+    strategy.train(benchmark.train_stream[0])
+    resumed = ClassIncrementalAccuracy()
+    resumed.load_state_dict(metric.state_dict())
+    older = metric.state_dict()
+    del older["experience"]
+    metric.load_state_dict(older)  # It counts the next one, whichever it is.
+    strategy.evaluator.metrics.append(resumed)
+    for index in (0, 0, 1, 1):
+        strategy.train(benchmark.train_stream[index])
+    strategy.eval(benchmark.test_stream)
+    assert resumed.evaluated_after() == [2]
+    assert metric.evaluated_after() == [3]
+
+
 def by_hand(logits, targets, *, classes, features=None, means=None):
     """Feed one batch to a metric, without a strategy's loop."""
     plugin = SimpleNamespace(class_means=lambda strategy: means)

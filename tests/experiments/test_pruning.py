@@ -138,3 +138,17 @@ def test_memo_is_pruned_too(tmp_path):
         whole.grow([2 * i, 2 * i + 1])
     parameters = sum(p.numel() for m in whole.inference_modules() for p in m.parameters())
     assert results["bytes"][-1]["parameter_bytes"] < 4 * parameters
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--classes=4", "expected runs of one protocol"),
+        ("--backbone=convnet2", "expected runs of one backbone, got convnet2, resnet8"),
+    ],
+)
+def test_refuses_runs_that_are_not_alike(finished, tmp_path, capsys, option, message):
+    parse([*ARGUMENTS, option]).save(tmp_path / "config.yaml")
+    with pytest.raises(SystemExit):
+        main([str(finished), str(tmp_path), "--out", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err

@@ -14,6 +14,7 @@ from avalanche_memo.benchmarks import split_digits
 from avalanche_memo.training import (
     BIC_TRAINING,
     DER_CLASSIFIER,
+    DER_REPRESENTATION,
     ICARL_FIRST,
     ICARL_LATER,
     JOINT_TRAINING,
@@ -28,7 +29,7 @@ from avalanche_memo.training.checkpoint import Checkpoint
 from avalanche_memo.training.plugins import SoftmaxDistillationPlugin
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
-from experiments.run import main, run
+from experiments.run import check, main, make_network, run
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 SHORT = [
@@ -319,6 +320,34 @@ def test_the_shipped_der_configuration():
     memo = parse(["--config", str(CONFIGS / "memo_cifar100_b0_inc10_short.yaml")])
     assert config.first == memo.first
     assert config.later == [*memo.later, replace(DER_CLASSIFIER, epochs=10, milestones=(5,))]
+    authors = parse(["--config", str(CONFIGS / "der_cifar100_b0_inc10_resnet18.yaml")])
+    assert (authors.base, authors.increment, authors.batch_size) == (0, 10, 128)
+    assert authors.first == [DER_REPRESENTATION]
+    assert authors.later == [DER_REPRESENTATION, DER_CLASSIFIER]
+    with torch.device("meta"):
+        assert make_network(authors).stages == 4
+        pruned = make_network(replace(authors, sparsity_weight=1.0))
+    assert pruned.masks()[0].convolution.kernel_size == (3, 3)
+
+
+def test_a_sparsity_weight_is_refused_where_there_are_no_masks(tmp_path):
+    config = short(tmp_path, method="wa", sparsity_weight=5.0)
+    with pytest.raises(ValueError, match=r"^sparsity_weight: expected 0 for wa, .* got 5\.0"):
+        check(config)
+
+
+def test_a_stem_for_small_images_is_the_imagenet_resnets_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"backbone: .* got resnet8_cifar_stem"):
+        make_network(short(tmp_path, backbone="resnet8_cifar_stem"))
+
+
+def test_methods_run_against_one_with_masks_have_none(tmp_path, monkeypatch, capsys):
+    weights = []
+    monkeypatch.setattr("experiments.run.run", lambda config: weights.append(config) or {})
+    monkeypatch.setattr("experiments.run.accuracy_figure", lambda *_: None)
+    monkeypatch.setattr("experiments.run.accuracy_table", lambda _: "")
+    main(["--method=der", "--sparsity_weight=1", "--against=[memo,wa]", f"--run_folder={tmp_path}"])
+    assert [config.sparsity_weight for config in weights] == [1.0, 1.0, 0.0]
 
 
 PODNET = [

@@ -78,6 +78,17 @@ def test_resnet_of_depth_18_has_as_many_parameters_as_297_imagenet_images():
     assert round(n * 4 / (224 * 224 * 3)) == 297
 
 
+def test_the_stem_for_small_images_has_3x3_kernels_and_no_pooling():
+    backbone = imagenet_resnet(18, stem="cifar")
+    # 7x7 kernels less, 3x3 kernels more.
+    assert n_parameters(backbone) == 11_176_512 - 3 * 64 * 49 + 3 * 64 * 9
+    stem = backbone.stages[0][0]
+    assert stem[0].weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.1)
+    images = torch.randn(2, 3, 8, 8)
+    expected = F.relu(stem[1](F.conv2d(images, stem[0].weight, padding=1)))
+    torch.testing.assert_close(stem(images), expected)
+
+
 @pytest.mark.parametrize(
     ("make", "size", "maps"),
     [
@@ -86,6 +97,11 @@ def test_resnet_of_depth_18_has_as_many_parameters_as_297_imagenet_images():
         (convnet2, 32, [(64, 16), (64, 8)]),
         (convnet4, 64, [(128, 16), (128, 8), (128, 4), (512, 2)]),
         (lambda: imagenet_resnet(10), 64, [(64, 16), (128, 8), (256, 4), (512, 2)]),
+        (
+            lambda: imagenet_resnet(10, stem="cifar"),
+            32,
+            [(64, 32), (128, 16), (256, 8), (512, 4)],
+        ),
         (lambda: imagenet_resnet(26), 64, [(256, 16), (512, 8), (1024, 4), (2048, 2)]),
     ],
 )
@@ -192,3 +208,8 @@ def test_cifar_resnet_refuses_an_unknown_attention():
 def test_imagenet_resnet_refuses_other_depths():
     with pytest.raises(ValueError, match="depth: expected one of 10, 18, 26, 34, 50, got 20"):
         imagenet_resnet(20)
+
+
+def test_imagenet_resnet_refuses_another_stem():
+    with pytest.raises(ValueError, match="stem: expected 'imagenet' or 'cifar', got 'tiny'"):
+        imagenet_resnet(18, stem="tiny")

@@ -121,6 +121,17 @@ def test_where_all_channels_would_close_one_is_open(embedding):
     assert masked_norm(embedding).eval().mask().tolist() == [0, 1, 0]
 
 
+def test_where_all_channels_would_close_one_is_open_while_learning_too():
+    masked = masked_norm([-0.3, -0.1, -0.2])
+    masked.scale = 100.0
+    x = torch.randn(6, 3, 4, 4)
+    norm = nn.BatchNorm2d(3)
+    norm.load_state_dict({k: v for k, v in masked.state_dict().items() if k != "embedding"})
+    output = masked(x)
+    torch.testing.assert_close(output[:, 1], norm(x)[:, 1])
+    assert output[:, [0, 2]].abs().max() < 1e-3
+
+
 def test_embeddings_are_drawn_open():
     torch.manual_seed(0)
     masked = MaskedBatchNorm2d(10_000)

@@ -1,6 +1,5 @@
 import copy
 import logging
-import re
 from functools import partial
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import (
@@ -21,6 +21,7 @@ from avalanche_memo.models import (
     imagenet_resnet,
 )
 from avalanche_memo.models.channel_mask import MaskedBatchNorm2d
+from avalanche_memo.models.cifar_resnet import CifarBlock
 from avalanche_memo.models.fast_path import fold_batch_norm, has_bfloat16
 from avalanche_memo.models.pruning import mask_channels, masked_layers, prune_channels
 from tests.helpers import assert_same_tensors, randomize_norms, tensors_of, tiny_backbone
@@ -30,6 +31,7 @@ BACKBONES: dict[str, Any] = {
     "cifar no_relu": partial(cifar_resnet, 8, last_relu=False),
     "four stages": four_stage_resnet,
     "basic": partial(imagenet_resnet, 18),
+    "cifar_stem": partial(imagenet_resnet, 10, stem="cifar"),
     "bottleneck": partial(imagenet_resnet, 26),
     "bottleneck no_relu": partial(imagenet_resnet, 26, last_relu=False),
     "convnet2": convnet2,
@@ -94,6 +96,19 @@ def test_a_masked_block_with_open_channels_computes_what_the_block_computes(make
     torch.testing.assert_close(run(masked, x), expected)
 
 
+def test_a_layer_may_stand_in_several_places():
+    torch.manual_seed(0)
+    relu, norms = nn.ReLU(), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]
+    layers = [nn.Conv2d(1, 4, 3), norms[0], relu, nn.Conv2d(4, 4, 3), norms[1], relu]
+    block = nn.ModuleList([nn.Sequential(*layers)]).eval()
+    x = torch.randn(2, 1, 8, 8)
+    masked = mask_channels(block).eval()
+    set_masks(masked, [range(4), range(4)])
+    torch.testing.assert_close(run(masked, x), run(block, x))
+    pruned = prune_channels(masked, [range(4), range(4)]).eval()
+    torch.testing.assert_close(run(pruned, x), run(block, x))
+
+
 def test_which_layer_feeds_which():
     """By hand: stem, then pairs; the shortcut of a wider block reads what the block reads."""
     layers = masked_layers(mask_channels(imagenet_resnet(10).stages))
@@ -117,6 +132,19 @@ class Grouped(nn.Module):
         return x
 
 
+class SqueezeBlock(BasicBlock):
+    """A residual block that computes more than the one it is a subclass of."""
+
+    def __init__(self, *channels: int) -> None:
+        super().__init__(*channels)
+        self.se = nn.Linear(*channels)
+
+
+def with_child(block: nn.Module, name: str, child: nn.Module) -> nn.Module:
+    block.add_module(name, child)
+    return block
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -125,6 +153,13 @@ class Grouped(nn.Module):
         ([nn.Conv2d(4, 4, 3)], "right behind each .* got None"),
         ([nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False)], "with scale, shift"),
         ([nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), Grouped()], "can be masked .* got Grouped"),
+        (
+            [nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)],
+            "running statistics .* track_running_stats=False",
+        ),
+        ([CifarBlock(4, 4), SqueezeBlock(4, 4)], "can be masked .* got SqueezeBlock"),
+        ([with_child(BasicBlock(4, 4), "relu", nn.SiLU())], r"blocks of .* ReLU .*\(relu\): SiLU"),
+        ([with_child(BasicBlock(4, 4), "se", nn.Linear(4, 4))], r"blocks of .*\(se\): Linear"),
         ([nn.BatchNorm2d(4)], "can be masked .* got BatchNorm2d"),
         ([nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Sigmoid()], "can be masked .* got Sigmoid"),
     ],
@@ -144,6 +179,12 @@ def test_refuses_attention():
 def test_refuses_masks_where_no_block_is_added():
     with pytest.raises(ValueError, match=r"masked: expected False .* got True"):
         ExpandableNetwork(tiny_backbone, 3, masked=True)
+
+
+def test_refuses_masks_where_there_is_nothing_to_mask():
+    stages = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), nn.Sequential(nn.ReLU())]
+    with pytest.raises(ValueError, match=r"masked: expected False .* no convolution, got True"):
+        ExpandableNetwork(lambda: StagedBackbone(stages, 4), 1, masked=True)
 
 
 # --- pruned blocks ------------------------------------------------------------------------------
@@ -262,16 +303,36 @@ def test_pruning_twice_is_pruning_once():
     assert_same_tensors(tensors_of(model), tensors)
 
 
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([[0], [0]], "channels of 3 layers, got of 2"),
+        ([[0], [], [0]], r"0 to 4 of layer 1\.0, each once, got \[\]"),
+        ([[0], [0], [6]], r"0 to 5 of layer 2\.0, each once, got \[6\]"),
+        ([[0], [0], [-1]], r"0 to 5 of layer 2\.0, each once, got \[-1\]"),
+        ([[0, 0], [0], [0]], r"0 to 3 of layer 0\.0, each once, got \[0, 0\]"),
+    ],
+)
+def test_refuses_to_keep_channels_that_are_not_there(kept, message):
+    model = ExpandableNetwork(tiny_backbone, 0, masked=True)
+    before = tensors_of(model)
+    with pytest.raises(ValueError, match=f"^kept: expected .*{message}"):
+        model.prune(kept)
+    assert_same_tensors(tensors_of(model), before)
+    assert not model.kept
+
+
 def test_a_layer_whose_channels_all_close_keeps_its_best_one(caplog):
     model = network()
     layer = model.masks()[3]
     layer.norm.embedding.data.copy_(torch.linspace(-2, -1, layer.norm.num_features))
     best = layer.norm.num_features - 1
     expected = model.eval()(images())
-    with caplog.at_level(logging.INFO, "avalanche_memo"):
-        model.prune()
+    model.prune()
     assert model.kept[0][3] == [best]
-    assert re.search(rf"block 1 would keep no channel of layer {layer.name};", caplog.text)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING  # Seen without any logging set up.
+    assert f"block 1 would keep no channel of layer {layer.name};" in record.getMessage()
     torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -309,18 +370,13 @@ def test_what_is_kept_for_the_next_block_neither_learns_nor_counts():
     assert not counted & {id(p) for p in model.unpruned.parameters()}
 
 
-def test_without_masks_nothing_is_drawn_or_saved():
-    states = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = ExpandableNetwork(tiny_backbone, 1)
-        model.grow([0])
-        model.grow([1])
-        states.append(torch.get_rng_state())
-        model.prune()
-        assert model.get_extra_state() == {"growth": [[0], [1]]}
-        assert not [name for name in model.state_dict() if "unpruned" in name or "embed" in name]
-    assert torch.equal(states[0], states[1])
+def test_without_masks_nothing_is_saved_of_them():
+    model = ExpandableNetwork(tiny_backbone, 1)
+    model.grow([0])
+    model.grow([1])
+    model.prune()
+    assert model.get_extra_state() == {"growth": [[0], [1]]}
+    assert not [name for name in model.state_dict() if "unpruned" in name or "embed" in name]
 
 
 # --- saving -------------------------------------------------------------------------------------

@@ -324,6 +324,19 @@ def test_goes_on_after_a_kill(tmp_path, whole_runs):
     assert_same_outcome(outcome(strategy), whole_runs())
 
 
+def test_a_state_that_weight_alignment_once_had_is_passed_over(tmp_path):
+    path = tmp_path / "run.pt"
+    strategy = make(path, method="MEMO")
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    strategy.checkpoint.save(strategy)
+    state, _ = strategy.checkpoint.load()
+    state["plugins"].append({"aligned": 1})
+    restored = make(path, method="MEMO", seed=99)
+    restore(restored, state, stream)
+    assert_same_tensors(tensors_of(restored.model), tensors_of(strategy.model))
+
+
 # --- files --------------------------------------------------------------------------------------
 
 

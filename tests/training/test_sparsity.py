@@ -1,4 +1,3 @@
-import copy
 import math
 from itertools import pairwise
 from typing import Any
@@ -6,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from avalanche.benchmarks import split_online_stream
 from avalanche.core import SupervisedPlugin
 from avalanche.logging import TensorboardLogger
 from avalanche.training.plugins import EvaluationPlugin
@@ -18,7 +18,13 @@ from avalanche_memo.evaluation import ChannelMasks, ClassIncrementalAccuracy, Me
 from avalanche_memo.models import ExpandableNetwork, cifar_resnet
 from avalanche_memo.training import DER, MEMO, Phase
 from avalanche_memo.training.plugins import HerdingReplayPlugin, SparsityPlugin
-from tests.helpers import make_benchmark, silent, tiny_backbone
+from tests.helpers import (
+    assert_same_tensors,
+    make_benchmark,
+    silent,
+    tensors_of,
+    tiny_backbone,
+)
 from tests.reference import masks as plain
 
 CLASSIFIER = Phase(2, lr=0.1, learns="classifier", data="balanced", reset_classifier=True)
@@ -75,7 +81,7 @@ class Watch(SupervisedPlugin):
 
 def test_each_epoch_anneals_the_scale_and_each_step_adds_the_loss():
     watch = Watch()
-    strategy = naive(masked(), SparsityPlugin(2.5, s_max=20.0), watch, train_epochs=2)
+    strategy = naive(masked(), SparsityPlugin(2.5, mask_s_max=20.0), watch, train_epochs=2)
     strategy.train(make_benchmark().train_stream[0])
     # 12 images, 4 at a time: three steps from 1/20 to 20.
     assert watch.scales == pytest.approx([0.05, 10.025, 20.0] * 2)
@@ -100,7 +106,7 @@ def test_the_rate_is_how_much_faster_embeddings_learn():
         layer = model.masks()[1]
         before = layer.norm.embedding.detach().clone()
         # One step, from the same start.
-        strategy = naive(model, SparsityPlugin(1.0, rate=rate))
+        strategy = naive(model, SparsityPlugin(1.0, mask_rate=rate))
         strategy.train_mb_size = 100
         strategy.train(make_benchmark().train_stream[0])
         steps.append(layer.norm.embedding.detach() - before)
@@ -137,12 +143,11 @@ def test_with_naive_over_several_experiences(shared):
     strategy = naive(model, HerdingReplayPlugin(20), SparsityPlugin(0.1), train_epochs=2)
     benchmark = make_benchmark()
     for experience in benchmark.train_stream[:3]:
-        before = copy.deepcopy(model.specialized)
+        frozen = [tensors_of(block) for block in model.specialized[: len(model.kept)]]
         strategy.train(experience)
         strategy.eval(benchmark.test_stream)
-        for old, now in zip(before[:-1], model.specialized, strict=False):
-            for a, b in zip(old.parameters(), now.parameters(), strict=True):
-                assert torch.equal(a, b)
+        for before, block in zip(frozen, model.specialized, strict=False):
+            assert_same_tensors(tensors_of(block), before)
     assert len(model.kept) == len(model.specialized) == 3
     strategy.train(benchmark.train_stream[3])
     optimized = {id(p) for group in strategy.optimizer.param_groups for p in group["params"]}
@@ -161,6 +166,16 @@ def test_an_experience_trained_again_keeps_its_pruned_block():
     assert len(model.kept) == 1
     strategy.train(stream[1])
     assert len(model.kept) == 2
+
+
+def test_a_block_is_pruned_after_the_last_sub_experience():
+    model = masked()
+    strategy = naive(model, SparsityPlugin(1.0))
+    pruned = []
+    for experience in split_online_stream(make_benchmark().train_stream[:1], experience_size=5):
+        strategy.train(experience)
+        pruned.append(len(model.kept))
+    assert pruned == [0, 0, 1]
 
 
 # --- the strategy -------------------------------------------------------------------------------
@@ -266,11 +281,17 @@ def test_memo_takes_the_plugin():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -0.1}, "weight: expected a number of at least 0, got -0.1"),
-        ({"weight": math.nan}, "weight: expected a number of at least 0, got nan"),
-        ({"weight": 1, "s_max": 1}, "s_max: expected a number above 1, got 1"),
-        ({"weight": 1, "s_max": math.inf}, "s_max: expected a number above 1, got inf"),
-        ({"weight": 1, "rate": 0}, "rate: expected a positive number, got 0"),
+        ({"sparsity_weight": -0.1}, "sparsity_weight: expected a number of at least 0, got -0.1"),
+        (
+            {"sparsity_weight": math.nan},
+            "sparsity_weight: expected a number of at least 0, got nan",
+        ),
+        ({"sparsity_weight": 1, "mask_s_max": 1}, "mask_s_max: expected a number above 1, got 1"),
+        (
+            {"sparsity_weight": 1, "mask_s_max": math.inf},
+            "mask_s_max: expected a number above 1, got inf",
+        ),
+        ({"sparsity_weight": 1, "mask_rate": 0}, "mask_rate: expected a positive number, got 0"),
     ],
 )
 def test_refuses_numbers_out_of_range(options, message):
@@ -280,15 +301,36 @@ def test_refuses_numbers_out_of_range(options, message):
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan])
 def test_der_refuses_a_wrong_sparsity_weight(weight):
-    with pytest.raises(ValueError, match=r"weight: expected .*, got"):
+    with pytest.raises(ValueError, match=r"^sparsity_weight: expected .*, got"):
         der(masked(), sparsity_weight=weight)
 
 
-@pytest.mark.parametrize(("weight", "has_masks"), [(0.0, True), (1.0, False)])
-def test_der_refuses_a_weight_without_masks_and_the_reverse(weight, has_masks):
-    model = ExpandableNetwork(tiny_backbone, 0, masked=has_masks)
-    with pytest.raises(ValueError, match=f"sparsity_weight: .*masked={has_masks}, got {weight}"):
-        der(model, sparsity_weight=weight)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_s_max": 1}, "mask_s_max: expected .*, got 1"),
+        ({"mask_rate": 0}, "mask_rate: expected .*, got 0"),
+        ({"auxiliary_weight": -1}, "auxiliary_weight: expected .*, got -1"),
+    ],
+)
+def test_der_names_a_wrong_number_as_its_caller_does(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        der(masked(), **options)
+
+
+def test_masks_without_the_plugin_are_refused():
+    with pytest.raises(ValueError, match=r"^plugins: expected a SparsityPlugin .*, got none"):
+        der(masked(), sparsity_weight=0)
+    model = masked(2)
+    with pytest.raises(ValueError, match=r"^plugins: expected a SparsityPlugin .*, got none"):
+        MEMO(model=model, optimizer=sgd(model), evaluator=silent())
+
+
+def test_der_refuses_a_weight_without_masks_before_training():
+    model = ExpandableNetwork(tiny_backbone, 0)
+    with pytest.raises(ValueError, match=r"model: .* expected .*masked=True, got False"):
+        der(model, sparsity_weight=1.0).train(make_benchmark().train_stream[0])
+    assert not model.classes
 
 
 def test_the_plugin_refuses_a_network_without_masks_before_training():

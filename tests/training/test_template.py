@@ -1,5 +1,6 @@
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.core import SupervisedPlugin
-from avalanche.evaluation.metrics import loss_metrics
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
+from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin
 
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training import (
@@ -50,8 +51,7 @@ def make(strategy: Any, shared_stages: int, *plugins: Any, **options: Any) -> An
         optimizer=sgd(model),
         train_mb_size=6,
         plugins=list(plugins),
-        evaluator=silent(),
-        **{"fast": False, **memory, **options},
+        **{"fast": False, "evaluator": silent(), **memory, **options},
     )
 
 
@@ -82,9 +82,13 @@ class Record(SupervisedPlugin):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"epochs": 0}, "epochs: expected a number of at least 1, got 0"),
+        ({"epochs": 0}, "epochs: expected a whole number of at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs: expected a whole number of at least 1, got 1.5"),
         ({"lr": 0.0}, "lr: expected a positive rate or None, got 0.0"),
         ({"lr": -1.0}, "lr: .*got -1.0"),
+        ({"lr": math.inf}, "lr: .*got inf"),
+        ({"weight_decay": math.inf}, "weight_decay: .*got inf"),
+        ({"gamma": math.inf}, "gamma: .*got inf"),
         ({"weight_decay": -1e-4}, "weight_decay: .*got -0.0001"),
         ({"milestones": (3, 2)}, r"milestones: expected rising epoch numbers.*got \(3, 2\)"),
         ({"milestones": (2, 2)}, "milestones: "),
@@ -94,8 +98,10 @@ class Record(SupervisedPlugin):
         ({"learns": "head"}, "learns: expected 'all' or 'classifier', got head"),
         ({"data": "some"}, "data: expected 'all', 'balanced' or 'exemplars', got some"),
         ({"data": "exemplars"}, "data: expected 'exemplars' only where learns is 'classifier'"),
-        ({"images": 0}, "images: expected a number of at least 1 or None, got 0"),
+        ({"images": 0}, "images: expected a whole number of at least 1 or None, got 0"),
+        ({"images": 1.5}, "images: expected a whole number of at least 1 or None, got 1.5"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
+        ({"temperature": math.inf}, "temperature: expected a positive number, got inf"),
     ],
 )
 def test_a_phase_refuses_wrong_values(options, named):
@@ -215,6 +221,33 @@ def test_an_early_stop_ends_a_phase_and_not_the_next(last):
     assert record.rates == [[0.05] * (last + 1) + [0.3] * 3]
 
 
+def test_avalanches_early_stopping_watches_each_phase_by_itself():
+    """With a margin that nothing exceeds, a phase's best is what its first epoch has left."""
+
+    class Watch(SupervisedPlugin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights: dict[tuple[int, int], torch.Tensor] = {}
+
+        def after_training_epoch(self, strategy, **kwargs):
+            weight = strategy.model.classifier.weight.detach().clone()
+            self.weights[strategy.phase_index, strategy.phase_epoch] = weight
+
+    watch = Watch()
+    strategy = der(
+        watch,
+        EarlyStoppingPlugin(patience=2, val_stream_name="test_stream", margin=2.0),
+        first_phases=[Phase(5), replace(CLASSIFIER, epochs=5)],
+        eval_every=1,
+        evaluator=EvaluationPlugin(accuracy_metrics(stream=True), loggers=[]),
+    )
+    benchmark = make_benchmark()
+    strategy.train(benchmark.train_stream[0], eval_streams=[benchmark.test_stream])
+    # Evaluated before training, too: the first phase's best is what it began with.
+    assert list(watch.weights) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert torch.equal(strategy.model.classifier.weight, watch.weights[1, 0])
+
+
 # --- DER's second phase -------------------------------------------------------------------------
 
 
@@ -282,6 +315,40 @@ def test_the_second_phase_changes_the_classifier_alone(api, fast):
     assert not any(p.requires_grad for p in strategy.model.specialized[0].parameters())
     strategy.train(stream[2])
     assert not any(p.requires_grad for p in strategy.model.specialized[1].parameters())
+
+
+class Interrupt(SupervisedPlugin):
+    """Stops the classifier's phase at its first step, once."""
+
+    armed = True
+
+    def after_training_iteration(self, strategy, **kwargs):
+        if self.armed and strategy.phase.learns == "classifier":
+            self.armed = False
+            self.inside = strategy.adapted_dataset, strategy.dataloader
+            raise KeyboardInterrupt
+
+
+@FAST
+def test_an_interrupted_phase_leaves_nothing_behind(fast):
+    interrupt = Interrupt()
+    strategy = der(interrupt, fast=fast)
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(stream[1])
+    newest, older = strategy.model.specialized[-1], strategy.model.specialized[0]
+    assert all(p.requires_grad for p in newest.parameters())
+    assert not any(p.requires_grad for p in older.parameters())
+    assert all(p.grad is None for p in strategy.model.parameters())
+    assert newest.training
+    assert strategy.phase is None
+    assert strategy.adapted_dataset is not interrupt.inside[0]
+    assert strategy.dataloader is not interrupt.inside[1]
+    before = tensors_of(newest)
+    strategy.train(stream[2])
+    assert_same_tensors(tensors_of(newest), before)  # Frozen now.
+    assert all(p.requires_grad for p in strategy.model.specialized[-1].parameters())
 
 
 @pytest.mark.parametrize("reset", [True, False])

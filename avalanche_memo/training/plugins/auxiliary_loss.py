@@ -1,6 +1,7 @@
 """The auxiliary loss of DER, section 3.2, which makes a new block's features tell the new classes
 from the old ones and from each other."""
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -15,21 +16,21 @@ __all__ = ["AuxiliaryLossPlugin"]
 class AuxiliaryLossPlugin(SupervisedPlugin):
     """Add the auxiliary classifier's cross-entropy, from the second experience on.
 
-    ``L = L_main + weight * L_aux`` (DER, MEMO), or with ``convex`` the mix
-    ``L = (1 - weight) * L_main + weight * L_aux``.
+    ``L = L_main + w * L_aux`` (DER, MEMO), or with ``convex`` the mix
+    ``L = (1 - w) * L_main + w * L_aux``.
 
-    :param weight: the auxiliary loss's weight; 0 to 1 for the mix.
+    :param auxiliary_weight: w, the auxiliary loss's weight; 0 to 1 for the mix.
     :param convex: whether to mix instead of to add.
     :raises ValueError: if the weight is outside its range.
     :raises TypeError: before training, if the model is no expanding ``ExpandableNetwork``.
     """
 
-    def __init__(self, weight: float = 1.0, *, convex: bool = False) -> None:
+    def __init__(self, auxiliary_weight: float = 1.0, *, convex: bool = False) -> None:
         super().__init__()
-        if weight < 0 or (convex and weight > 1):
+        if not 0 <= auxiliary_weight < math.inf or (convex and auxiliary_weight > 1):
             expected = "0 to 1 for the convex mix" if convex else "a number of at least 0"
-            raise ValueError(f"weight: expected {expected}, got {weight}")
-        self.weight = weight
+            raise ValueError(f"auxiliary_weight: expected {expected}, got {auxiliary_weight}")
+        self.weight = auxiliary_weight
         self.convex = convex
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from avalanche_memo.models.expandable import ExpandableNetwork
 from avalanche_memo.models.heads import GrowingClassifier, ProxyCosineClassifier
 
-__all__ = ["check_classifier", "check_cosine_classifier", "check_network"]
+__all__ = ["check_classifier", "check_cosine_classifier", "check_network", "ends_experience"]
 
 
 def check_network(
@@ -66,3 +66,11 @@ def check_cosine_classifier(model: Any, user: str) -> None:
     check_classifier(
         model, user, ProxyCosineClassifier, "ProxyCosineClassifier or a CosineClassifier"
     )
+
+
+def ends_experience(experience: Any) -> bool:
+    """Return whether an experience is a whole one, or the last of its online sub-experiences.
+
+    Avalanche 0.6.0 marks none of these as the last where all have the same size.
+    """
+    return bool(getattr(experience, "is_last_subexp", True))

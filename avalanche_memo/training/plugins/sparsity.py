@@ -8,7 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_memo.models.channel_mask import EMBEDDING_LIMIT, annealed_scale
 from avalanche_memo.training.losses import sparsity_loss
-from avalanche_memo.training.plugins.checks import check_network
+from avalanche_memo.training.plugins.checks import check_network, ends_experience
 
 __all__ = ["SparsityPlugin"]
 
@@ -16,34 +16,42 @@ __all__ = ["SparsityPlugin"]
 class SparsityPlugin(SupervisedPlugin):
     """Learn which channels of the newest block are needed, and cut the others out.
 
-    ``L = L_others + weight * L_s``. While the block learns, the masks' scale rises within each
-    epoch; in evaluation, and while the classifier learns alone, masks are 0 or 1; after the
+    ``L = L_others + sparsity_weight * L_s``. While the block learns, the masks' scale rises within
+    each epoch; in evaluation, and while the classifier learns alone, masks are 0 or 1; after the
     experience the block is pruned accordingly. The masks' embeddings are parameters like others:
     the optimizer's rate, momentum and weight decay hold for them, too.
 
-    :param weight: the sparsity loss's weight, lambda_s.
-    :param s_max: the masks' scale at an epoch's end.
-    :param rate: how much faster than others the embeddings learn: 1 in DER's equation, ``s_max`` in
-        HAT's. Embeddings start 1 from closing, on average, which is far for a short schedule: over
+    In an epoch of fewer than about six batches most masks are half open, and so the running
+    statistics are those of half-open masks, which evaluation does not have: choose smaller batches.
+
+    :param sparsity_weight: the sparsity loss's weight, lambda_s.
+    :param mask_s_max: the masks' scale at an epoch's end.
+    :param mask_rate: how much faster than others the embeddings learn: 1 in DER's equation,
+        ``s_max`` in HAT's. With Adam, whose steps do not depend on a gradient's size, it has no
+        effect. Embeddings start 1 from closing, on average, which is far for a short schedule: over
         15 epochs on ten classes of CIFAR-100 (ResNet-32), it took a weight of 10 at rate 1 to close
         half of the parameters. Higher rates need less weight and cost accuracy: noise then closes
         channels that are needed (experiments/results/mask_rate_trial.md).
-    :raises ValueError: if the weight is negative, ``s_max`` not above 1 or the rate not positive;
+    :raises ValueError: if the weight is negative, the scale not above 1 or the rate not positive;
         before training, if the model has no masks.
     :raises TypeError: before training, if it is no expanding ``ExpandableNetwork``.
     """
 
-    def __init__(self, weight: float, *, s_max: float = 100.0, rate: float = 1.0) -> None:
+    def __init__(
+        self, sparsity_weight: float, *, mask_s_max: float = 100.0, mask_rate: float = 1.0
+    ) -> None:
         super().__init__()
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weight: expected a number of at least 0, got {weight}")
-        if not 1 < s_max < math.inf:
-            raise ValueError(f"s_max: expected a number above 1, got {s_max}")
-        if not 0 < rate < math.inf:
-            raise ValueError(f"rate: expected a positive number, got {rate}")
-        self.weight = weight
-        self.s_max = s_max
-        self.rate = rate
+        if not 0 <= sparsity_weight < math.inf:
+            raise ValueError(
+                f"sparsity_weight: expected a number of at least 0, got {sparsity_weight}"
+            )
+        if not 1 < mask_s_max < math.inf:
+            raise ValueError(f"mask_s_max: expected a number above 1, got {mask_s_max}")
+        if not 0 < mask_rate < math.inf:
+            raise ValueError(f"mask_rate: expected a positive number, got {mask_rate}")
+        self.weight = sparsity_weight
+        self.s_max = mask_s_max
+        self.rate = mask_rate
         self._layers: list[Any] = []
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
@@ -80,8 +88,10 @@ class SparsityPlugin(SupervisedPlugin):
             layer.norm.embedding.clamp_(-EMBEDDING_LIMIT, EMBEDDING_LIMIT)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Prune the block."""
+        """Prune the block, at the end of the last sub-experience where there are some."""
         self._layers = []
+        if not ends_experience(strategy.experience):
+            return
         for layer in strategy.model.masks():
             layer.norm.scale = self.s_max
         strategy.model.prune()

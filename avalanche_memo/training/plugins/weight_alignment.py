@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
+from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.models.heads import GrowingLinear
-from avalanche_memo.training.plugins.checks import check_classifier
+from avalanche_memo.training.plugins.checks import check_classifier, ends_experience
 
 __all__ = ["WeightAlignmentPlugin", "align_weights"]
 
@@ -33,6 +34,8 @@ def align_weights(classifier: GrowingLinear, n_new: int) -> float:
 class WeightAlignmentPlugin(SupervisedPlugin):
     """Align the classifier's weights after each experience that brought new classes.
 
+    And each time again where it is trained more than once.
+
     :param clip: whether weights below 0 are set to 0 after each step, so that, the features being
         positive, a weight's norm tells how large its logits are.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a linear
@@ -42,7 +45,6 @@ class WeightAlignmentPlugin(SupervisedPlugin):
     def __init__(self, *, clip: bool = False) -> None:
         super().__init__()
         self.clip = clip
-        self._aligned = 0
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
@@ -56,16 +58,8 @@ class WeightAlignmentPlugin(SupervisedPlugin):
                 weight.clamp_(min=0)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Align, once per growth."""
-        network = strategy.model
-        if len(network.growth) > self._aligned:
-            self._aligned = len(network.growth)
+        """Align, at the end of the last sub-experience where there are some."""
+        network, experience = strategy.model, strategy.experience
+        brought_new = set(network.new_classes) & set(experience_classes(experience))
+        if brought_new and ends_experience(experience):
             align_weights(network.classifier, len(network.new_classes))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many growths have been aligned."""
-        return {"aligned": self._aligned}
-
-    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
-        """Take back what :meth:`state_dict` returned."""
-        self._aligned = state["aligned"]
