@@ -106,9 +106,13 @@ class Group:
         return sum(sizes) / len(self.results) / _MEGABYTE
 
     @property
-    def total_megabytes(self) -> float:
-        """Parameters and exemplars after the last experience."""
-        return self.megabytes("parameter", "exemplar")
+    def budget(self) -> float:
+        """The memory by the published accounting, in MB: see :func:`experiments.run.budget_bytes`.
+
+        It is what methods are aligned at. What is measured lies below it by what classes that share
+        the memory equally leave of it, and above it by the classifier.
+        """
+        return statistics.fmean(r["budget_bytes"] for r in self.results) / _MEGABYTE
 
     @property
     def seconds(self) -> Spread:
@@ -120,7 +124,8 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
     """Return the results of the run folders given or found below the folders given.
 
     :return: results by folder, and a line for each run that is left out as unfinished.
-    :raises ValueError: if a folder holds no run, or no run is finished.
+    :raises ValueError: if a folder holds no run, no run is finished, or one is of an earlier
+        version.
     """
     runs, left_out = {}, []
     for folder in folders:
@@ -131,6 +136,11 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
             results = finished(path)
             if results is None:
                 left_out.append(f"{path}: left out, not finished")
+            elif "budget_bytes" not in results:
+                raise ValueError(
+                    f"{path / 'results.json'}: expected budget_bytes, got the results of an "
+                    f"earlier version; python -m experiments.run --resume {path} adds it"
+                )
             else:
                 # Options, of runs and phases, that came later had their defaults then.
                 options = asdict(Config()) | results["config"]
@@ -216,7 +226,7 @@ def group(runs: Mapping[str, Mapping[str, Any]], average: Sequence[str] = ("seed
     for (method, *names), own in members.items():
         seeds, results = zip(*sorted(own, key=lambda run: run[0]), strict=True)
         groups.append((method, Group(*names[:3], seeds, results)))
-    groups.sort(key=lambda pair: (pair[0], pair[1].method, pair[1].total_megabytes))
+    groups.sort(key=lambda pair: (pair[0], pair[1].method, pair[1].budget))
     return [own for _, own in groups]
 
 
@@ -239,14 +249,14 @@ def budgets(found: Mapping[str, Sequence[Group]]) -> list[list[Group]]:
     """Return the groups of each budget, of which there are as many as the longest curve has points.
 
     The points of a curve as long as that belong to them in their order; those of a shorter one to
-    the budget that their memory is nearest to, by ratio.
+    the one that theirs is nearest to, by ratio.
     """
     longest = max(found.values(), key=len)
     members: list[list[Group]] = [[] for _ in longest]
     for points in found.values():
         for place, own in enumerate(points):
             if len(points) < len(longest):
-                ratios = [own.total_megabytes / mark.total_megabytes for mark in longest]
+                ratios = [own.budget / mark.budget for mark in longest]
                 ratios = [max(ratio, 1 / ratio) for ratio in ratios]
                 place = ratios.index(min(ratios))
             members[place].append(own)
@@ -262,7 +272,7 @@ def areas(points: Sequence[Group], readout: str, name: str) -> Spread | None:
     :return: over the seeds, where all points have the same, else of the mean accuracies. None where
         the points are fewer than two, or two have the same memory.
     """
-    megabytes = [point.total_megabytes for point in points]
+    megabytes = [point.budget for point in points]
     if len(set(megabytes)) < max(2, len(points)):
         return None
     accuracies = [[result[readout][name] for result in point.results] for point in points]

@@ -161,14 +161,14 @@ def memory_curves(title: str, curves: Mapping[str, Sequence["Group"]]) -> Figure
                 spreads = [group.percent(readout, measure) for group in measured]
                 if measured:
                     axes.errorbar(
-                        [group.total_megabytes for group in measured],
+                        [group.budget for group in measured],
                         [spread.mean for spread in spreads],
                         [spread.deviation or 0 for spread in spreads],
                         **styles[name],
                         capsize=3,
                         label=name,
                     )
-            axes.set_xlabel("model and exemplars (MB)")
+            axes.set_xlabel("budget: model and exemplars (MB)")
             axes.set_ylabel(f"{measures[measure]} accuracy (%)")
             axes.grid(alpha=0.3)
     _finish(figure)
@@ -176,7 +176,7 @@ def memory_curves(title: str, curves: Mapping[str, Sequence["Group"]]) -> Figure
 
 
 def memory_bars(title: str, groups: Sequence["Group"]) -> Figure:
-    """Draw the memory of each group after the last experience, model and exemplars."""
+    """Draw what each group holds after the last experience, model and exemplars, as measured."""
     figure = new_figure(8.4, 1.5 + 0.32 * len(groups), title)
     axes = figure.add_subplot()
     places = range(len(groups))
@@ -193,9 +193,10 @@ def memory_bars(title: str, groups: Sequence["Group"]) -> Figure:
         label="exemplars",
     )
     for place, group in zip(places, groups, strict=True):
+        total = group.megabytes("parameter", "exemplar")
         axes.annotate(
-            f"{group.total_megabytes:.3f}",
-            (group.total_megabytes, place),
+            f"{total:.3f}",
+            (total, place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",

@@ -57,9 +57,14 @@ _MEMORY = (
     "Memory is that after the last experience, in MB of 2²⁰ bytes: parameters of the model, "
     "pixels (or encoded bytes) of the exemplars."
 )
+_BUDGET = (
+    "Budget is the published accounting, at which methods are aligned: the parameters without the "
+    "classifier, and the memory's size in raw images, though equal shares of the classes leave a "
+    "rest of it."
+)
 _AREA = (
-    "Area under the average (AUC-A) or last (AUC-L) accuracy, as a fraction, over memory in MB, "
-    "by the trapezoid rule. Areas over different ranges cannot be compared."
+    "Area under the average (AUC-A) or last (AUC-L) accuracy, as a fraction, over the budget in "
+    "MB, by the trapezoid rule. Areas over different ranges cannot be compared."
 )
 
 
@@ -158,9 +163,16 @@ def _names(own: Group, readout: str) -> list[str]:
     return [own.method, own.backbone, own.memory, readout.upper()]
 
 
+def _measured(own: Group) -> list[float]:
+    """Return the memory held after the last experience in MB: model, exemplars, both."""
+    return [
+        own.megabytes(*kinds) for kinds in (["parameter"], ["exemplar"], ["parameter", "exemplar"])
+    ]
+
+
 def _summary(groups: Sequence[Group]) -> _Table:
     head = ["method", "backbone", "memory", "readout", "runs", "average", "last", "forgetting"]
-    head += ["model MB", "exemplar MB", "total MB", "seconds"]
+    head += ["budget MB", "model MB", "exemplar MB", "total MB", "seconds"]
     rows = [
         [
             *_names(own, readout),
@@ -169,15 +181,15 @@ def _summary(groups: Sequence[Group]) -> _Table:
                 own.percent(readout, name).text(2)
                 for name in ("average", "last", "forgetting_rate")
             ),
-            f"{own.megabytes('parameter'):.3f}",
-            f"{own.megabytes('exemplar'):.3f}",
-            f"{own.total_megabytes:.3f}",
+            f"{own.budget:.3f}",
+            *(f"{megabytes:.3f}" for megabytes in _measured(own)),
             own.seconds.text(0),
         ]
         for own in groups
         for readout in own.readouts
     ]
-    note = f"{_ACCURACY} {_MEMORY} Seconds: training and evaluation. ± is a standard deviation."
+    seconds = "Seconds: training and evaluation. ± is a standard deviation."
+    note = f"{_ACCURACY} {_MEMORY} {_BUDGET} {seconds}"
     return _Table("Accuracy and memory", note, head, rows, texts=4)
 
 
@@ -200,7 +212,7 @@ def _areas(groups: Sequence[Group]) -> _Table:
             measured = [own for own in points if readout in own.readouts]
             found = [areas(measured, readout, measure) for measure in ("average", "last")]
             if found[0] is not None:
-                megabytes = [own.total_megabytes for own in measured]
+                megabytes = [own.budget for own in measured]
                 rows.append(
                     [
                         *(name, readout.upper(), str(len(measured))),
@@ -261,15 +273,15 @@ def _figures(title: str, groups: Sequence[Group]) -> dict[str, tuple[str, Figure
     found = curves(groups)
     figures = {}
     for number, members in enumerate(budgets(found), start=1):
-        sizes = sorted(own.total_megabytes for own in members)
+        sizes = sorted(own.budget for own in members)
         ends = dict.fromkeys(f"{size:.2f}" for size in (sizes[0], sizes[-1]))
         figures[f"accuracy-{number}"] = (
             "Accuracy over the classes seen; bands: standard deviation over the runs. "
-            f"Memory at the end: {' to '.join(ends)} MB.",
+            f"Budget: {' to '.join(ends)} MB.",
             accuracy_curves(title, members, found),
         )
     figures["memory-curves"] = (
-        "Accuracy against memory; bars: standard deviation over the runs.",
+        "Accuracy against the budget; bars: standard deviation over the runs.",
         memory_curves(title, found),
     )
     figures["memory-bars"] = _MEMORY, memory_bars(title, groups)
@@ -298,15 +310,15 @@ def _csv(groups: Sequence[Group]) -> str:
     names = ["average", "last", "forgetting", *steps, "seconds"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["method", "backbone", "memory", "readout", "runs", "model_mb", "exemplar_mb", "total_mb"]
+        ["method", "backbone", "memory", "readout", "runs", "budget_mb"]
+        + ["model_mb", "exemplar_mb", "total_mb"]
         + [column for name in names for column in (name, f"{name}_deviation")]
     )
     for own in groups:
         for readout in own.readouts:
             spreads = [own.percent(readout, n) for n in ("average", "last", "forgetting_rate")]
             spreads += [*own.accuracies(readout), own.seconds]
-            megabytes = [own.megabytes("parameter"), own.megabytes("exemplar"), own.total_megabytes]
-            row = [*_names(own, readout), len(own.results), *megabytes]
+            row = [*_names(own, readout), len(own.results), own.budget, *_measured(own)]
             writer.writerow(row + [value for spread in spreads for value in spread])
     return text.getvalue()
 

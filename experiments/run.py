@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,7 +28,7 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
-from avalanche_memo.budget import image_bytes
+from avalanche_memo.budget import image_bytes, parameter_bytes
 from avalanche_memo.evaluation import (
     ChannelMasks,
     ClassIncrementalAccuracy,
@@ -72,6 +72,7 @@ from experiments.kept_models import KeptModels
 from experiments.progress import ProgressBar
 
 __all__ = [
+    "budget_bytes",
     "check",
     "check_folder",
     "chip",
@@ -96,7 +97,9 @@ def run(config: Config) -> dict[str, Any]:
     folder = config.folder
     with _locked(folder):
         _claim(folder, config)
-        return finished(folder) or _train(config, folder)
+        results = finished(folder)
+        # A finished run of an earlier version has its budget from its checkpoint.
+        return results if results and "budget_bytes" in results else _train(config, folder)
 
 
 def check(config: Config) -> None:
@@ -148,7 +151,10 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
 
     def publish() -> dict[str, Any]:
         rows = checkpoint.extra["rows"]
-        results = _results(config, strategy, accuracy, rows) | {"experiences": len(train)}
+        results = _results(config, strategy, accuracy, rows) | {
+            "budget_bytes": budget_bytes(config, strategy.model, train[: len(rows)], rates),
+            "experiences": len(train),
+        }
         _write(folder / "results.json", _compact(results))
         accuracy_figure([results], folder / "accuracy.png")
         return results
@@ -455,6 +461,35 @@ def _results(
         },
         "seconds": {part: [row["seconds"][part] for row in rows] for part in ("train", "eval")},
     }
+
+
+def budget_bytes(
+    config: Config,
+    network: ExpandableNetwork,
+    learned: Sequence[Any],
+    rates: MemoryRates | None = None,
+) -> int:
+    """Return what a run costs by the published accounting, after some experiences.
+
+    The parameters of the network without classifier and auxiliary head; and the memory's size in
+    raw images, whether or not its classes share it without a remainder. Joint training holds all
+    images.
+
+    :param config: the run's.
+    :param network: as it was after the experiences.
+    :param learned: the experiences.
+    :param rates: what the memory may hold beyond its size.
+    """
+    if config.method == "finetune":
+        exemplars = 0
+    elif config.method == "joint":
+        exemplars = sum(len(experience.dataset) for experience in learned)
+    else:
+        fixed = config.exemplars_per_class
+        exemplars = config.mem_size if fixed is None else fixed * len(network.classes)
+        exemplars += 0 if rates is None else rates.extra(len(learned) - 1)
+    image = image_bytes(tuple(learned[0].dataset.eval()[0][0].shape))
+    return parameter_bytes(network) - parameter_bytes(network.classifier) + exemplars * image
 
 
 def _plain(values: Any) -> Any:

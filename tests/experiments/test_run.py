@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,17 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_results_has_results(fi
     stop_after(config, epochs=2 + 3 + 3 + 3)
     run(config)
     assert without_times(tmp_path / "last") == without_times(finished)
+
+
+def test_a_finished_run_of_an_earlier_version_gets_its_budget(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "old")
+    results = json.loads((folder / "results.json").read_text())
+
+    del results["budget_bytes"]
+    (folder / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(Checkpoint, "save", lambda *args: pytest.fail("nothing is to be trained"))
+    main(["--resume", str(folder)])
+    assert without_times(folder) == without_times(finished)
 
 
 def test_a_truncated_checkpoint_is_refused_and_the_previous_one_used(finished, tmp_path, caplog):
