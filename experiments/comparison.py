@@ -30,10 +30,10 @@ __all__ = [
 
 PROTOCOL = (
     *("benchmark", "base", "increment", "classes", "samples_per_class", "image_size"),
-    *("class_order_seed", "batch_size", "momentum", "first", "later"),
+    *("class_order_seed", "batch_size", "momentum", "first", "later", "data"),
 )
-"""Options that runs must share. Of the phases, those count in which the whole network learns: a
-phase for the classifier alone is a part of a method."""
+"""Options that runs must share, and ``data``, the digest of a folder of images. Of the phases,
+those count in which the whole network learns: one for the classifier alone is part of a method."""
 
 _POINT = ("backbone", "mem_size", "exemplars_per_class")  # Where a run stands on its curve.
 _MEGABYTE = 2**20
@@ -146,6 +146,7 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
                 options = asdict(Config()) | results["config"]
                 for name in ("first", "later"):
                     options[name] = [asdict(Phase(**phase)) for phase in options[name]]
+                options["data"] = results.get("data")
                 runs[str(path)] = results | {"config": _plain(options)}
     if not runs:
         raise ValueError(f"expected a finished run, got {len(left_out)} unfinished")
@@ -173,7 +174,7 @@ def check_protocol(
     for name in (name for name in PROTOCOL if name not in (*allow, *average)):
         values = defaultdict(list)
         for run, protocol in protocols.items():
-            values[_text(protocol[name])].append(run)
+            values[_text(protocol.get(name))].append(run)
         if len(values) > 1:
             found = "; ".join(f"{value} in {_few(names)}" for value, names in values.items())
             differing.append(f"\n  {name}: {found}")

@@ -6,6 +6,7 @@ papers' protocol. A run that was killed goes on when the same command is given a
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -76,6 +77,7 @@ __all__ = [
     "check",
     "check_folder",
     "chip",
+    "data_digest",
     "finished",
     "main",
     "make_benchmark",
@@ -84,6 +86,7 @@ __all__ = [
 ]
 
 _FIRST_EXPERIENCE = "first_experience.pt"
+_DATA = "data.txt"
 
 log = logging.getLogger("avalanche_memo")
 
@@ -154,6 +157,7 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         results = _results(config, strategy, accuracy, rows) | {
             "budget_bytes": budget_bytes(config, strategy.model, train[: len(rows)], rates),
             "experiences": len(train),
+            "data": data_digest(config),
         }
         _write(folder / "results.json", _compact(results))
         accuracy_figure([results], folder / "accuracy.png")
@@ -193,6 +197,7 @@ def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -
         )
     donor = parse(["--config", str(folder / "config.yaml")])
     _refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
+    _refuse_other_data("start_from", folder, config)
     finished = Checkpoint(folder / _FIRST_EXPERIENCE, donor.fingerprint())
     state, refused = finished.load()
     if state is None:
@@ -262,6 +267,24 @@ def make_benchmark(config: Config) -> Any:
     if root is None:
         raise ValueError("data_root: expected a folder with train/ and val/, got none")
     return split_image_folder(root, image_size=config.image_size, **protocol)
+
+
+def data_digest(config: Config) -> str | None:
+    """Return what tells one folder of images from another; None for data that are always the same.
+
+    It depends on the classes' names and the number of each one's files, not on the folder's place.
+    """
+    if config.benchmark != "image_folder" or config.data_root is None:
+        return None
+    classes = sorted(
+        (part, folder.name, len(list(folder.iterdir())))
+        for part in ("train", "val")
+        for folder in (Path(config.data_root) / part).glob("*")
+        if folder.is_dir()
+    )
+    files = sum(number for *_, number in classes)
+    digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
+    return f"{files} files of {len({name for _, name, _ in classes})} classes, {digest}"
 
 
 def _backbone(config: Config) -> StagedBackbone:
@@ -527,6 +550,8 @@ def _claim(folder: Path, config: Config) -> None:
         unfinished = folder / "config.yaml.part"
         config.save(unfinished)
         os.replace(unfinished, path)
+    if (digest := data_digest(config)) is not None and not (folder / _DATA).exists():
+        _write(folder / _DATA, digest)
 
 
 def check_folder(config: Config) -> None:
@@ -540,6 +565,7 @@ def check_folder(config: Config) -> None:
     _refuse_other(
         "run_folder", folder, parse(["--config", str(path)]).identity(), config.identity()
     )
+    _refuse_other_data("run_folder", folder, config)
 
 
 def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
@@ -550,6 +576,15 @@ def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str
         raise ValueError(
             f"{name}: {folder} holds a run of another configuration ({'; '.join(different)}); "
             "expected another folder, or the same configuration"
+        )
+
+
+def _refuse_other_data(name: str, folder: Path, config: Config) -> None:
+    path, own = folder / _DATA, data_digest(config)
+    if path.exists() and path.read_text() != own:
+        raise ValueError(
+            f"{name}: {folder} holds a run on other data ({path.read_text()} there, {own} here); "
+            "expected another folder, or the same data"
         )
 
 

@@ -163,6 +163,15 @@ def test_runs_of_different_protocols_are_refused(tmp_path, capsys, change, diffe
         check_protocol(configs, allow=["mem_size"])
 
 
+def test_runs_on_different_data_are_refused(tmp_path):
+    config = replace(PLAIN, benchmark="image_folder")
+    make_run(tmp_path / "a", replace(config, seed=1), data="4 files of 2 classes, abc")
+    make_run(tmp_path / "b", replace(config, seed=2), data="4 files of 2 classes, def")
+    with pytest.raises(ValueError, match=r"data: 4 files of 2 classes, abc in .*a; .*def in .*b"):
+        report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out", allow=["data"])
+
+
 def test_class_orders_can_be_averaged_over(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / f"{seed}", replace(PLAIN, class_order_seed=seed))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from avalanche_memo.benchmarks import split_digits
@@ -27,9 +28,10 @@ from avalanche_memo.training import (
 )
 from avalanche_memo.training.checkpoint import Checkpoint
 from avalanche_memo.training.plugins import SoftmaxDistillationPlugin
+from experiments import run as module
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
-from experiments.run import main, run
+from experiments.run import data_digest, main, run
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 SHORT = [
@@ -207,6 +209,31 @@ def stop_after(config: Config, epochs: int) -> None:
 def test_a_folder_of_another_configuration_is_refused(finished):
     with pytest.raises(ValueError, match=r"run_folder: .*mem_size: 200 there, 100 here"):
         run(short(finished, mem_size=100))
+
+
+@pytest.fixture
+def two_data_sets(tmp_path):
+    for name, classes, images in (("one", "ab", 3), ("names", "ax", 3), ("numbers", "ab", 4)):
+        for place in (f"{part}/{c}" for part in ("train", "val") for c in classes):
+            (tmp_path / name / place).mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", (16, 16)).save(tmp_path / name / place / f"{i}.png")
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    return tmp_path
+
+
+def test_a_folder_of_a_run_on_other_data_is_refused(two_data_sets, monkeypatch):
+    def config(name):
+        options = {"benchmark": "image_folder", "image_size": 16, "classes": 2, "increment": 1}
+        return short(two_data_sets / "run", data_root=str(two_data_sets / name), **options)
+
+    monkeypatch.setattr(module, "_train", lambda config, folder: {})
+    run(config("one"))
+    run(config("moved"))
+    for name in ("names", "numbers"):
+        with pytest.raises(ValueError, match=r"run_folder: .* other data \(12 files of 2 classes"):
+            run(config(name))
+    assert data_digest(Config()) is None
 
 
 def test_two_processes_do_not_share_a_folder(finished):
@@ -399,6 +426,15 @@ def test_baselines_lie_between_finetuning_and_joint_training(tmp_path):
         assert last["finetune"] + 0.1 < last[method] <= last["joint"]
         assert average["finetune"] < average[method] <= average["joint"]
     assert last["bic"] > last["replay"]
+
+
+@pytest.mark.parametrize(
+    "split", [("--classes=8", "--increment=1"), ("--classes=7", "--base=1", "--increment=3")]
+)
+def test_bic_does_not_diverge_on_a_schedule_of_one_epoch(split, tmp_path):
+    epoch = ['--first=[{"epochs": 1}]', '--later=[{"epochs": 1}]', "--seed=1", "--against=[]"]
+    results = run(parse([*epoch, *split, "--method=bic", "--run_folder", str(tmp_path / "bic")]))
+    assert results["cnn"]["last"] > 0.3
 
 
 @pytest.mark.parametrize("method", ["bic", "joint"])
