@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from avalanche_memo.evaluation import area_under_budget
-from avalanche_memo.training import Phase
+from avalanche_memo.training import Compression, Phase
 from experiments.config import Config
 from experiments.figures import METHOD_NAMES
 from experiments.run import finished
@@ -142,12 +142,14 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
                     f"earlier version; python -m experiments.run --resume {path} adds it"
                 )
             else:
-                # Options, of runs and phases, that came later had their defaults then.
-                options = asdict(Config()) | results["config"]
-                for name in ("first", "later"):
-                    options[name] = [asdict(Phase(**phase)) for phase in options[name]]
-                options["data"] = results.get("data")
-                runs[str(path)] = results | {"config": _plain(options)}
+                try:
+                    options = _options(results["config"])
+                    results["seconds"], results["environment"]["threads"], results["bytes"][-1]
+                except (TypeError, KeyError, ValueError) as error:
+                    raise ValueError(
+                        f"{path / 'results.json'}: expected the results of a run, got {error!r}"
+                    ) from None
+                runs[str(path)] = results | {"config": options | {"data": results.get("data")}}
     if not runs:
         raise ValueError(f"expected a finished run, got {len(left_out)} unfinished")
     return runs, left_out
@@ -206,27 +208,24 @@ def group(runs: Mapping[str, Mapping[str, Any]], average: Sequence[str] = ("seed
     """
     methods = list(METHOD_NAMES)
     configs = [_resolved(result["config"]) for result in runs.values()]
-    varying = {
-        method: [
-            name
-            for name in configs[0]
-            if name not in (*average, *_POINT, "device")
-            and len({_text(c[name]) for c in configs if c["method"] == method}) > 1
-        ]
-        for method in methods
-    }
+    labels = [_without_images(config) for config in configs]
     members: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-    for config, result in zip(configs, runs.values(), strict=True):
+    for config, label, result in zip(configs, labels, runs.values(), strict=True):
         method = config["method"]
-        options = [f"{name} {_text(config[name])}" for name in varying[method]]
-        label = ", ".join([METHOD_NAMES[method], *options])
-        point = [_text(config[name]) for name in _POINT]
-        key = (methods.index(method), label, config["backbone"], _memory(config, result), *point)
+        alike = [other for other in labels if other["method"] == method]
+        options = [
+            _label(name, label[name], [other[name] for other in alike])
+            for name in label
+            if name not in (*average, *_POINT, "device")
+            and len({_text(other[name]) for other in alike}) > 1
+        ]
+        point = [_text(config[name]) for name in (*_POINT, "first", "later")]
+        key = (methods.index(method), ", ".join([METHOD_NAMES[method], *options]), *point)
         members[key].append((tuple(config[name] for name in average), result))
     groups = []
-    for (method, *names), own in members.items():
+    for (method, label, backbone, *_), own in members.items():
         seeds, results = zip(*sorted(own, key=lambda run: run[0]), strict=True)
-        groups.append((method, Group(*names[:3], seeds, results)))
+        groups.append((method, Group(label, backbone, _memory(results), seeds, results)))
     groups.sort(key=lambda pair: (pair[0], pair[1].method, pair[1].budget))
     return [own for _, own in groups]
 
@@ -298,6 +297,19 @@ def settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[
     return found
 
 
+def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a run; those, of it and of phases, that came later had their defaults.
+
+    :raises TypeError: if one is unknown.
+    """
+    options = asdict(Config(**{"against": []} | stored))
+    for name in ("first", "later"):
+        options[name] = [asdict(Phase(**phase)) for phase in options[name]]
+    if options["compression"] is not None:
+        options["compression"] = asdict(Compression(**options["compression"]))
+    return _plain(options)
+
+
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
     """Return options as JSON holds them."""
     return dict(json.loads(json.dumps(options)))
@@ -324,12 +336,47 @@ def _protocol(config: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _memory(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    if not result["bytes"][-1]["exemplar_bytes"]:
+def _memory(results: Sequence[Mapping[str, Any]]) -> str:
+    config = results[0]["config"]
+    if config["method"] == "joint":
+        return "all data"
+    if not results[0]["bytes"][-1]["exemplar_bytes"]:
         return "no exemplars"
+    if config["compression"] is not None and all("exemplars" in result for result in results):
+        files = statistics.fmean(result["exemplars"] for result in results)
+        return f"{files:.0f} files, {_text(config['compression'])}"
     if config["exemplars_per_class"] is not None:
         return f"{config['exemplars_per_class']} exemplars per class"
     return f"{config['mem_size']} exemplars"
+
+
+def _without_images(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as labels know them: of a phase's images, whether their number is fixed.
+
+    The number goes with the memory, as mem_size does, and so varies along a curve.
+    """
+    label = dict(config)
+    for when in ("first", "later"):
+        label[when] = [
+            phase | {"images": "fixed" if phase["images"] is not None else None}
+            for phase in config[when]
+        ]
+    return label
+
+
+def _label(name: str, value: Any, values: Sequence[Any]) -> str:
+    """Return an option by which runs of a method differ, and of phases the fields that do."""
+    if name == "compression":
+        return "raw" if value is None else _text(value)
+    if name not in ("first", "later") or len({len(phases) for phases in values}) > 1:
+        return f"{name} {_text(value)}"
+    fields = [
+        f"{field} {_text(content)}" + (f" in phase {i + 1}" if len(value) > 1 else "")
+        for i, phase in enumerate(value)
+        for field, content in phase.items()
+        if len({_text(phases[i][field]) for phases in values}) > 1
+    ]
+    return f"{name} {', '.join(fields)}"
 
 
 def _text(value: Any) -> str:
@@ -338,17 +385,29 @@ def _text(value: Any) -> str:
         return "none"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return " + ".join(map(_phase, value))
+    if isinstance(value, dict):
+        return _compression(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _phase(phase: Mapping[str, Any]) -> str:
-    default = json.loads(json.dumps(asdict(Phase(1))))
-    changed = [
-        f"{name} {_text(value)}"
-        for name, value in phase.items()
-        if name != "epochs" and value != default[name]
-    ]
+    changed = _changed(phase, Phase(1), "epochs")
     return f"{phase['epochs']} epochs" + (f" ({', '.join(changed)})" if changed else "")
+
+
+def _compression(options: Mapping[str, Any]) -> str:
+    names = ("codec", "quality")
+    changed = _changed(options, Compression(), *names)
+    return " ".join([*(str(options[name]) for name in names), *changed])
+
+
+def _changed(options: Mapping[str, Any], default: Any, *apart: str) -> list[str]:
+    usual = _plain(asdict(default))
+    return [
+        f"{name} {_text(value)}"
+        for name, value in options.items()
+        if name not in apart and value != usual[name]
+    ]
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

@@ -1,6 +1,7 @@
 """Figures and tables of one or several runs, from the contents of their results.json."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -78,7 +79,7 @@ def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     if title is not None:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=11)
     return figure
 
 
@@ -269,7 +270,7 @@ def _finish(figure: Figure) -> None:
             entries.values(),
             entries,
             loc="outside lower center",
-            ncols=2,
+            ncols=2 if max(map(len, entries)) < 6 * figure.get_figwidth() else 1,
             fontsize=9,
             frameon=False,
         )

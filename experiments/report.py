@@ -139,6 +139,12 @@ def report(
     check_distinct(configs)
     check_protocol(configs, allow, average)
     groups = group(runs, average)
+    sizes = {tuple(map(len, result["classes"])) for result in runs.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected runs of the same experiences, got {' and '.join(map(str, sorted(sizes)))} "
+            "classes each"
+        )
     tables = [_summary(groups), _steps(groups), _areas(groups), _settings(runs)]
     title = _title(groups[0].results[0])
     figures = _figures(title, groups)
@@ -325,10 +331,11 @@ def _csv(groups: Sequence[Group]) -> str:
 
 def _latex(text: str) -> str:
     """Return text with LaTeX's own characters escaped."""
-    text = text.replace("\\", r"\textbackslash ").replace("2²⁰", "$2^{20}$")
-    for character in "&%#_":
-        text = text.replace(character, "\\" + character)
-    return text.replace("±", r"$\pm$")
+    names = {"\\": "backslash", "^": "asciicircum", "~": "asciitilde"}
+    escapes = {character: "\\" + character for character in "&%#_{}$"}
+    escapes |= {character: rf"\text{name}{{}}" for character, name in names.items()}
+    text = text.translate(str.maketrans(escapes))
+    return text.replace("2²⁰", "$2^{20}$").replace("±", r"$\pm$")
 
 
 _STYLE = """
@@ -399,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         page = report(options.folders, options.out, options.allow, options.average)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print((page.parent / "report.md").read_text())
     print(f"Report: {page}")

@@ -15,7 +15,7 @@ import torch
 
 from avalanche_memo.budget import parameter_bytes
 from avalanche_memo.models import convnet2
-from avalanche_memo.training import MemoryRates, Phase
+from avalanche_memo.training import Compression, MemoryRates, Phase
 from experiments.comparison import (
     Spread,
     areas,
@@ -36,7 +36,7 @@ from experiments.figures import (
     memory_bars,
     memory_curves,
 )
-from experiments.report import main, report
+from experiments.report import _latex, main, report
 from experiments.run import budget_bytes, make_network
 from experiments.sweep import load
 
@@ -60,6 +60,8 @@ def make_run(folder: Path, config=PLAIN, *, last=0.5, model=MEGABYTE, exemplars=
         "confusion": [[right, 10 - right], [10 - right, right]],
     }
     sizes = {"parameter_bytes": model, "exemplar_bytes": exemplars}
+    if "files" in change:
+        change["exemplars"] = change.pop("files")
     results = {
         "config": config.identity(),
         "cnn": readout,
@@ -126,9 +128,51 @@ def test_labels_say_what_distinguishes_runs_of_a_method_and_nothing_else(tmp_pat
         "Finetune, resnet8, no exemplars",
     ]
     assert all(name.startswith("PODNet, attention ") for name in found[1:4])
-    assert "attention cbam, memory_rates [0.5, 0.5], flat_distillation kd, later 8" in found[1]
-    assert "attention none, memory_rates none, flat_distillation pod, later 8" in found[2]
-    assert {re.search(r"\+ (\d) epochs", name)[1] for name in found[2:4]} == {"3", "4"}
+    # Of the phases only the field that differs.
+    assert [name.removeprefix("PODNet, ") for name in found[1:4]] == [
+        "attention cbam, memory_rates [0.5, 0.5], flat_distillation kd, "
+        "later epochs 3 in phase 2, resnet8, 200 exemplars",
+        *(
+            "attention none, memory_rates none, flat_distillation pod, "
+            f"later epochs {epochs} in phase 2, resnet8, 200 exemplars"
+            for epochs in (3, 4)
+        ),
+    ]
+
+
+def compressed_runs(folder):
+    """Raw and compressed memories, and runs with a fixed number of images an epoch."""
+    webp = Compression("webp", 75)
+    for budget, size in (("small", 1), ("large", 2)):
+        for images in (None, 1000 * size):
+            config = replace(
+                PLAIN, mem_size=100 * size, later=[replace(PLAIN.later[0], images=images)]
+            )
+            make_run(folder / f"{budget}-{images}-raw", config, exemplars=size * MEGABYTE)
+            for seed in (1, 2):
+                run = replace(config, compression=webp, seed=seed)
+                name = f"{budget}-{images}-webp-{seed}"
+                options = {"exemplars": size * MEGABYTE, "files": 900 * size + 2 * seed}
+                make_run(folder / name, run, **options)
+    make_run(folder / "joint", replace(PLAIN, method="joint"), exemplars=9 * MEGABYTE)
+
+
+def test_labels_of_compressed_memories_fixed_epochs_and_all_data(tmp_path):
+    compressed_runs(tmp_path)
+    groups = groups_of(tmp_path)
+    assert groups[-1].name == "Joint, resnet8, all data"
+    assert "MEMO, webp 75, later images fixed, resnet8, 1803 files, webp 75" in {
+        own.name for own in groups
+    }
+    # The number of an epoch's images goes with the memory, along a curve.
+    found = {name: len(own) for name, own in curves(groups).items()}
+    assert found == {
+        "MEMO, raw, later images none": 2,
+        "MEMO, raw, later images fixed": 2,
+        "MEMO, webp 75, later images none": 2,
+        "MEMO, webp 75, later images fixed": 2,
+        "Joint": 1,
+    }
 
 
 def test_options_that_a_run_is_too_old_for_had_their_defaults(tmp_path):
@@ -321,6 +365,37 @@ def test_a_budget_is_the_network_without_classifier_and_the_whole_memory(change,
     assert budget_bytes(config, network, learned, rates) == backbone + (exemplars + more) * 64
 
 
+def test_runs_of_other_experiences_are_refused_before_anything_is_written(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", replace(PLAIN, increment=2), classes=[[0, 1]], experiences=1)
+    with pytest.raises(
+        ValueError, match=r"expected runs of the same experiences, got \(1, 1\) and"
+    ):
+        report([tmp_path], tmp_path / "out", allow=["increment"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda results: results.pop("experiences"),
+        lambda results: results.pop("environment"),
+        lambda results: results["config"].update(gone=1),
+        lambda results: results["config"]["first"][0].update(gone=1),
+        None,
+    ],
+)
+def test_damaged_and_foreign_results_are_refused_by_name(tmp_path, capsys, damage):
+    path = make_run(tmp_path / "run") / "results.json"
+    results = json.loads(path.read_text())
+    if damage:
+        damage(results)
+    path.write_text(json.dumps(results) if damage else '{"config": ')
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "run/results.json: expected the results of a run" in capsys.readouterr().err
+
+
 def test_results_of_an_earlier_version_are_refused(tmp_path):
     path = make_run(tmp_path / "old") / "results.json"
     results = json.loads(path.read_text())
@@ -392,8 +467,10 @@ def test_figures_show_the_numbers(compared):
     assert image.tolist() == [[60, 40], [40, 60]]
 
 
-def test_no_legend_covers_a_curve_and_no_label_leaves_the_figure(compared):
-    groups = groups_of(compared / "runs")
+@pytest.mark.parametrize("kind", ["compared", "compressed"])
+def test_no_legend_covers_a_curve_and_no_label_leaves_the_figure(compared, tmp_path, kind):
+    compressed_runs(tmp_path)
+    groups = groups_of(compared / "runs" if kind == "compared" else tmp_path)
     found = curves(groups)
     for figure in (
         accuracy_curves("title", groups, found),
@@ -443,6 +520,12 @@ def test_tables_hold_the_same_numbers_in_each_format(compared):
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(columns) - 1}
     assert tex.isascii()
     assert not re.search(r"(?<!\\)[%#_^]", tex.replace("}{!}{%", "").replace("2^{20}", ""))
+
+
+def test_latex_has_its_own_characters_escaped():
+    found = _latex("a_b 1% {$x^2~\\ ± 2²⁰")
+    escaped = r"a\_b 1\% \{\$x\textasciicircum{}2\textasciitilde{}\textbackslash{} $\pm$ $2^{20}$"
+    assert found == escaped
 
 
 def test_settings_say_which_methods_departed_from_the_defaults(compared):
