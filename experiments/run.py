@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from avalanche.logging import BaseLogger, TensorboardLogger
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
@@ -65,9 +66,9 @@ from avalanche_memo.training import (
     Replay,
 )
 from avalanche_memo.training.checkpoint import Checkpoint, restore
-from avalanche_memo.training.plugins import SparsityPlugin
+from avalanche_memo.training.plugins import HerdingReplayPlugin, SparsityPlugin
 from avalanche_memo.training.samples import original_image
-from experiments.config import Config, parse
+from experiments.config import Config, from_options, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.kept_models import KeptModels
 from experiments.progress import ProgressBar
@@ -83,6 +84,7 @@ __all__ = [
     "make_benchmark",
     "make_network",
     "run",
+    "stored_config",
 ]
 
 _FIRST_EXPERIENCE = "first_experience.pt"
@@ -110,10 +112,17 @@ def check(config: Config) -> None:
 
     :raises ValueError: if a run of the configuration would stop before its first step.
     """
+    try:
+        torch.empty(0, device=None if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto or a device that is there, {error}") from None
+    if config.start_from is not None and not (config.folder / "checkpoint.pt").exists():
+        _donor(Path(config.start_from), config)
     train = make_benchmark(config).train_stream
     rates, nowhere = _memory_rates(config, train), Checkpoint("checkpoint.pt")
     config = replace(config, device="cpu")
     strategy, _ = _strategy(config, rates, nowhere, [], BaseLogger())
+    _spend_remainder(config, strategy)
     strategy.experience = train[0]
     for plugin in strategy.plugins:  # The memory compares its size with the stream.
         plugin.before_train_dataset_adaptation(strategy)
@@ -149,6 +158,7 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     rates = _memory_rates(config, train)
     plugins = [progress, stopwatch, *([KeptModels(folder)] if config.keep_models else [])]
     strategy, accuracy = _strategy(config, rates, checkpoint, plugins, logger)
+    _spend_remainder(config, strategy)
     if state is not None:
         restore(strategy, state, train)
 
@@ -156,6 +166,11 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
         rows = checkpoint.extra["rows"]
         results = _results(config, strategy, accuracy, rows) | {
             "budget_bytes": budget_bytes(config, strategy.model, train[: len(rows)], rates),
+            "exemplars": sum(
+                len(plugin.buffer.buffer)
+                for plugin in strategy.plugins
+                if isinstance(plugin, HerdingReplayPlugin)
+            ),
             "experiences": len(train),
             "data": data_digest(config),
         }
@@ -191,13 +206,7 @@ def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -
 
     :raises ValueError: if the folder holds no such state, or trained differently.
     """
-    if not (folder / _FIRST_EXPERIENCE).exists():
-        raise ValueError(
-            f"start_from: expected a run folder whose first experience is trained, got {folder}"
-        )
-    donor = parse(["--config", str(folder / "config.yaml")])
-    _refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
-    _refuse_other_data("start_from", folder, config)
+    donor = _donor(folder, config)
     finished = Checkpoint(folder / _FIRST_EXPERIENCE, donor.fingerprint())
     state, refused = finished.load()
     if state is None:
@@ -205,6 +214,18 @@ def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -
     checkpoint.extra = finished.extra
     # The first experience has neither memory nor teacher: plugins start as they are.
     return {part: content for part, content in state.items() if part != "plugins"}
+
+
+def _donor(folder: Path, config: Config) -> Config:
+    """Return the configuration of a run whose first experience is that of another."""
+    if not (folder / _FIRST_EXPERIENCE).exists():
+        raise ValueError(
+            f"start_from: expected a run folder whose first experience is trained, got {folder}"
+        )
+    donor = stored_config(folder)
+    _refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
+    _refuse_other_data("start_from", folder, config)
+    return donor
 
 
 class _Stopwatch(SupervisedPlugin):
@@ -435,6 +456,12 @@ def _strategy(
     return strategy, accuracy
 
 
+def _spend_remainder(config: Config, strategy: Any) -> None:
+    for plugin in strategy.plugins:
+        if isinstance(plugin, HerdingReplayPlugin):
+            plugin.buffer.spend_remainder = config.spend_remainder
+
+
 def _row(strategy: Any) -> dict[str, Any]:
     """Return what is measured once after an experience."""
     metrics = strategy.evaluator.get_last_metrics()
@@ -562,10 +589,23 @@ def check_folder(config: Config) -> None:
     folder, path = config.folder, config.folder / "config.yaml"
     if not path.exists():
         return
-    _refuse_other(
-        "run_folder", folder, parse(["--config", str(path)]).identity(), config.identity()
-    )
+    _refuse_other("run_folder", folder, stored_config(folder).identity(), config.identity())
     _refuse_other_data("run_folder", folder, config)
+
+
+def stored_config(folder: Path) -> Config:
+    """Return the configuration that a run folder holds.
+
+    :raises ValueError: if it is damaged, or of another version.
+    """
+    path = folder / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected options and their values, got {content}")
+        return from_options(content)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
@@ -589,10 +629,18 @@ def _refuse_other_data(name: str, folder: Path, config: Config) -> None:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """Return the results of a run folder, or None unless the run has come to its end."""
+    """Return the results of a run folder, or None unless the run has come to its end.
+
+    :raises ValueError: if its results.json is damaged, or none of this program.
+    """
     path = folder / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return results if results and len(results["classes"]) == results["experiences"] else None
+    if not path.exists():
+        return None
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        return results if len(results["classes"]) == results["experiences"] else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected the results of a run, got {error!r}") from None
 
 
 def _compact(results: dict[str, Any]) -> str:
@@ -615,13 +663,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the configuration of a command line, and those it is compared with; print the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = parse(arguments)
-    results = [run(config)]
+    configs = [config]
     for method in config.against:
         # A folder of its own: named after the method, or beside the one that was given.
         folder = config.run_folder and f"{config.run_folder}-{method}"
-        results.append(
-            run(replace(config, method=method, against=[], shared_stages=None, run_folder=folder))
-        )
+        own = {"shared_stages": None, "start_from": None, "run_folder": folder}
+        configs.append(replace(config, method=method, against=[], **own))
+    for each in configs:
+        check_folder(each)
+        if finished(each.folder) is None:
+            check(each)
+    results = [run(each) for each in configs]
     if len(results) > 1:
         accuracy_figure(results, config.folder / "accuracy.png")
     print(accuracy_table(results))
