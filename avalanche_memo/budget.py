@@ -96,7 +96,6 @@ def aligned_exemplars(
     classes: int,
     image: Sequence[int] | float,
     shared_stages: int | None = None,
-    per_class: bool = False,
 ) -> int:
     """Return how many exemplars a method may hold so that all fits a budget at the stream's end.
 
@@ -118,25 +117,24 @@ def aligned_exemplars(
     :param image: shape ``(C, H, W)`` of a raw uint8 exemplar, or the bytes of one; for compressed
         exemplars, the mean.
     :param shared_stages: stages shared, instead of the method's own; MEMO-2's are all but two.
-    :param per_class: round down to a multiple of the classes. A memory that holds equally many
-        exemplars of each class can't hold more at the end, and leaves the bytes of up to
-        ``classes - 1`` exemplars unspent. The published figures, and a memory in which some classes
-        hold one more than others, don't round.
-    :return: exemplars in all, ``mem_size`` of the strategies; at least one per class.
-    :raises ValueError: if the budget is too small for the model and an exemplar of each class (the
-        message says which one would do), or an argument is out of range.
+    :return: exemplars in all, ``mem_size`` of the strategies; at least one per class, and two for
+        BiC, which holds out one of them. A memory that gives each class equally many leaves up to
+        ``classes - 1`` of them unspent, unless it is told to spend them
+        (:class:`~avalanche_memo.training.storage_policy.HerdingBuffer`).
+    :raises ValueError: if the budget is too small for the model and so many exemplars (the message
+        says which one would do), or an argument is out of range.
     :raises TypeError: if the backbone is no module, or its stages are not modules.
     """
     model = _model_bytes(method, backbone, base, increment, classes, shared_stages)
     size = _exemplar_bytes(image)
-    least = model + math.ceil(classes * Fraction(size))
+    each = 2 if method == "bic" else 1
+    least = model + math.ceil(each * classes * Fraction(size))
     if not least <= budget < math.inf:
         raise ValueError(
             f"budget: expected at least {least} bytes, {model} for the model of {method} and the "
-            f"rest for an exemplar of each of {classes} classes, got {budget}"
+            f"rest for {each} exemplars of each of {classes} classes, got {budget}"
         )
-    exemplars = exemplars_for(budget - model, size)
-    return exemplars // classes * classes if per_class else exemplars
+    return exemplars_for(budget - model, size)
 
 
 def aligned_budget(

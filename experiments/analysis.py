@@ -243,7 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = options.run_folder
     if not (folder / "config.yaml").exists():
         parser.error(f"RUN_FOLDER: expected a run folder with a config.yaml, got {folder}")
-    analysis = analyse(folder, options.images)
+    try:
+        analysis = analyse(folder, options.images)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     out: Path = options.out or folder / "analysis"
     out.mkdir(parents=True, exist_ok=True)
     (out / "analysis.json").write_text(json.dumps(analysis, indent=1, allow_nan=False) + "\n")

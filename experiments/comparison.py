@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from avalanche_memo.evaluation import area_under_budget
-from avalanche_memo.training import Phase
+from avalanche_memo.training import Compression, Phase
 from experiments.config import Config
 from experiments.figures import METHOD_NAMES
 from experiments.run import finished
@@ -30,10 +30,10 @@ __all__ = [
 
 PROTOCOL = (
     *("benchmark", "base", "increment", "classes", "samples_per_class", "image_size"),
-    *("class_order_seed", "batch_size", "momentum", "first", "later"),
+    *("class_order_seed", "batch_size", "momentum", "first", "later", "data"),
 )
-"""Options that runs must share. Of the phases, those count in which the whole network learns: a
-phase for the classifier alone is a part of a method."""
+"""Options that runs must share, and ``data``, the digest of a folder of images. Of the phases,
+those count in which the whole network learns: one for the classifier alone is part of a method."""
 
 _POINT = ("backbone", "mem_size", "exemplars_per_class")  # Where a run stands on its curve.
 _MEGABYTE = 2**20
@@ -106,9 +106,13 @@ class Group:
         return sum(sizes) / len(self.results) / _MEGABYTE
 
     @property
-    def total_megabytes(self) -> float:
-        """Parameters and exemplars after the last experience."""
-        return self.megabytes("parameter", "exemplar")
+    def budget(self) -> float:
+        """The memory by the published accounting, in MB: see :func:`experiments.run.budget_bytes`.
+
+        It is what methods are aligned at. What is measured lies below it by what classes that share
+        the memory equally leave of it, and above it by the classifier.
+        """
+        return statistics.fmean(r["budget_bytes"] for r in self.results) / _MEGABYTE
 
     @property
     def seconds(self) -> Spread:
@@ -120,7 +124,8 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
     """Return the results of the run folders given or found below the folders given.
 
     :return: results by folder, and a line for each run that is left out as unfinished.
-    :raises ValueError: if a folder holds no run, or no run is finished.
+    :raises ValueError: if a folder holds no run, no run is finished, or one is of an earlier
+        version.
     """
     runs, left_out = {}, []
     for folder in folders:
@@ -131,12 +136,20 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
             results = finished(path)
             if results is None:
                 left_out.append(f"{path}: left out, not finished")
+            elif "budget_bytes" not in results:
+                raise ValueError(
+                    f"{path / 'results.json'}: expected budget_bytes, got the results of an "
+                    f"earlier version; python -m experiments.run --resume {path} adds it"
+                )
             else:
-                # Options, of runs and phases, that came later had their defaults then.
-                options = asdict(Config()) | results["config"]
-                for name in ("first", "later"):
-                    options[name] = [asdict(Phase(**phase)) for phase in options[name]]
-                runs[str(path)] = results | {"config": _plain(options)}
+                try:
+                    options = _options(results["config"])
+                    results["seconds"], results["environment"]["threads"], results["bytes"][-1]
+                except (TypeError, KeyError, ValueError) as error:
+                    raise ValueError(
+                        f"{path / 'results.json'}: expected the results of a run, got {error!r}"
+                    ) from None
+                runs[str(path)] = results | {"config": options | {"data": results.get("data")}}
     if not runs:
         raise ValueError(f"expected a finished run, got {len(left_out)} unfinished")
     return runs, left_out
@@ -163,7 +176,7 @@ def check_protocol(
     for name in (name for name in PROTOCOL if name not in (*allow, *average)):
         values = defaultdict(list)
         for run, protocol in protocols.items():
-            values[_text(protocol[name])].append(run)
+            values[_text(protocol.get(name))].append(run)
         if len(values) > 1:
             found = "; ".join(f"{value} in {_few(names)}" for value, names in values.items())
             differing.append(f"\n  {name}: {found}")
@@ -195,28 +208,25 @@ def group(runs: Mapping[str, Mapping[str, Any]], average: Sequence[str] = ("seed
     """
     methods = list(METHOD_NAMES)
     configs = [_resolved(result["config"]) for result in runs.values()]
-    varying = {
-        method: [
-            name
-            for name in configs[0]
-            if name not in (*average, *_POINT, "device")
-            and len({_text(c[name]) for c in configs if c["method"] == method}) > 1
-        ]
-        for method in methods
-    }
+    labels = [_without_images(config) for config in configs]
     members: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-    for config, result in zip(configs, runs.values(), strict=True):
+    for config, label, result in zip(configs, labels, runs.values(), strict=True):
         method = config["method"]
-        options = [f"{name} {_text(config[name])}" for name in varying[method]]
-        label = ", ".join([METHOD_NAMES[method], *options])
-        point = [_text(config[name]) for name in _POINT]
-        key = (methods.index(method), label, config["backbone"], _memory(config, result), *point)
+        alike = [other for other in labels if other["method"] == method]
+        options = [
+            _label(name, label[name], [other[name] for other in alike])
+            for name in label
+            if name not in (*average, *_POINT, "device")
+            and len({_text(other[name]) for other in alike}) > 1
+        ]
+        point = [_text(config[name]) for name in (*_POINT, "first", "later")]
+        key = (methods.index(method), ", ".join([METHOD_NAMES[method], *options]), *point)
         members[key].append((tuple(config[name] for name in average), result))
     groups = []
-    for (method, *names), own in members.items():
+    for (method, label, backbone, *_), own in members.items():
         seeds, results = zip(*sorted(own, key=lambda run: run[0]), strict=True)
-        groups.append((method, Group(*names[:3], seeds, results)))
-    groups.sort(key=lambda pair: (pair[0], pair[1].method, pair[1].total_megabytes))
+        groups.append((method, Group(label, backbone, _memory(results), seeds, results)))
+    groups.sort(key=lambda pair: (pair[0], pair[1].method, pair[1].budget))
     return [own for _, own in groups]
 
 
@@ -239,14 +249,14 @@ def budgets(found: Mapping[str, Sequence[Group]]) -> list[list[Group]]:
     """Return the groups of each budget, of which there are as many as the longest curve has points.
 
     The points of a curve as long as that belong to them in their order; those of a shorter one to
-    the budget that their memory is nearest to, by ratio.
+    the one that theirs is nearest to, by ratio.
     """
     longest = max(found.values(), key=len)
     members: list[list[Group]] = [[] for _ in longest]
     for points in found.values():
         for place, own in enumerate(points):
             if len(points) < len(longest):
-                ratios = [own.total_megabytes / mark.total_megabytes for mark in longest]
+                ratios = [own.budget / mark.budget for mark in longest]
                 ratios = [max(ratio, 1 / ratio) for ratio in ratios]
                 place = ratios.index(min(ratios))
             members[place].append(own)
@@ -262,7 +272,7 @@ def areas(points: Sequence[Group], readout: str, name: str) -> Spread | None:
     :return: over the seeds, where all points have the same, else of the mean accuracies. None where
         the points are fewer than two, or two have the same memory.
     """
-    megabytes = [point.total_megabytes for point in points]
+    megabytes = [point.budget for point in points]
     if len(set(megabytes)) < max(2, len(points)):
         return None
     accuracies = [[result[readout][name] for result in point.results] for point in points]
@@ -285,6 +295,19 @@ def settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[
         if list(values) != [_text(default[name])]:
             found[name] = dict(values)
     return found
+
+
+def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a run; those, of it and of phases, that came later had their defaults.
+
+    :raises TypeError: if one is unknown.
+    """
+    options = asdict(Config(**{"against": []} | stored))
+    for name in ("first", "later"):
+        options[name] = [asdict(Phase(**phase)) for phase in options[name]]
+    if options["compression"] is not None:
+        options["compression"] = asdict(Compression(**options["compression"]))
+    return _plain(options)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
@@ -313,12 +336,47 @@ def _protocol(config: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _memory(config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    if not result["bytes"][-1]["exemplar_bytes"]:
+def _memory(results: Sequence[Mapping[str, Any]]) -> str:
+    config = results[0]["config"]
+    if config["method"] == "joint":
+        return "all data"
+    if not results[0]["bytes"][-1]["exemplar_bytes"]:
         return "no exemplars"
+    if config["compression"] is not None and all("exemplars" in result for result in results):
+        files = statistics.fmean(result["exemplars"] for result in results)
+        return f"{files:.0f} files, {_text(config['compression'])}"
     if config["exemplars_per_class"] is not None:
         return f"{config['exemplars_per_class']} exemplars per class"
     return f"{config['mem_size']} exemplars"
+
+
+def _without_images(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as labels know them: of a phase's images, whether their number is fixed.
+
+    The number goes with the memory, as mem_size does, and so varies along a curve.
+    """
+    label = dict(config)
+    for when in ("first", "later"):
+        label[when] = [
+            phase | {"images": "fixed" if phase["images"] is not None else None}
+            for phase in config[when]
+        ]
+    return label
+
+
+def _label(name: str, value: Any, values: Sequence[Any]) -> str:
+    """Return an option by which runs of a method differ, and of phases the fields that do."""
+    if name == "compression":
+        return "raw" if value is None else _text(value)
+    if name not in ("first", "later") or len({len(phases) for phases in values}) > 1:
+        return f"{name} {_text(value)}"
+    fields = [
+        f"{field} {_text(content)}" + (f" in phase {i + 1}" if len(value) > 1 else "")
+        for i, phase in enumerate(value)
+        for field, content in phase.items()
+        if len({_text(phases[i][field]) for phases in values}) > 1
+    ]
+    return f"{name} {', '.join(fields)}"
 
 
 def _text(value: Any) -> str:
@@ -327,17 +385,29 @@ def _text(value: Any) -> str:
         return "none"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return " + ".join(map(_phase, value))
+    if isinstance(value, dict):
+        return _compression(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _phase(phase: Mapping[str, Any]) -> str:
-    default = json.loads(json.dumps(asdict(Phase(1))))
-    changed = [
-        f"{name} {_text(value)}"
-        for name, value in phase.items()
-        if name != "epochs" and value != default[name]
-    ]
+    changed = _changed(phase, Phase(1), "epochs")
     return f"{phase['epochs']} epochs" + (f" ({', '.join(changed)})" if changed else "")
+
+
+def _compression(options: Mapping[str, Any]) -> str:
+    names = ("codec", "quality")
+    changed = _changed(options, Compression(), *names)
+    return " ".join([*(str(options[name]) for name in names), *changed])
+
+
+def _changed(options: Mapping[str, Any], default: Any, *apart: str) -> list[str]:
+    usual = _plain(asdict(default))
+    return [
+        f"{name} {_text(value)}"
+        for name, value in options.items()
+        if name not in apart and value != usual[name]
+    ]
 
 
 def _few(names: Sequence[str], most: int = 3) -> str:

@@ -3,7 +3,9 @@
 import argparse
 import difflib
 import json
+import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -55,6 +57,8 @@ class Config:
     :param exemplars_per_class: a fixed number per class instead.
     :param memory_rates: per experience, what the memory may hold beyond that, as a part of an
         increment's images; default takes the documented list for the number of steps.
+    :param spend_remainder: whether the first classes hold one exemplar more each, so that none of
+        the memory is left.
     :param compression: how exemplars are kept (codec, quality, new_images, max_distance); as raw
         pixels where it is not given.
     :param auxiliary_weight: weight of the auxiliary loss (MEMO, DER).
@@ -105,6 +109,7 @@ class Config:
     mem_size: int = 200
     exemplars_per_class: int | None = None
     memory_rates: Literal["default"] | list[float] | None = None
+    spend_remainder: bool = False
     compression: Compression | None = None
     auxiliary_weight: float = 1.0
     sparsity_weight: float = 0.0
@@ -142,6 +147,11 @@ class Config:
             raise ValueError(
                 f"against: expected methods other than {self.method}, got {self.against}"
             )
+        for name in ("seed", "class_order_seed", "lr", "weight_decay", "momentum"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name}: expected a number of at least 0, got {getattr(self, name)}"
+                )
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected a number of at least 1, got {self.batch_size}")
         if not self.first or not self.later:
@@ -237,6 +247,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
             parser.error(
                 f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
             )
+        if len(given := list(arguments if arguments is not None else sys.argv[1:])) > 2:
+            parser.error(f"--resume: expected a folder and no further options, got {given}")
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
     return _config(parser, namespace)
 
@@ -244,6 +256,6 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 def _config(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:
     try:
         values = parser.instantiate_classes(namespace).as_dict()
+        return Config(**{f.name: values[f.name] for f in fields(Config)})
     except ValueError as error:
         parser.error(str(error))
-    return Config(**{f.name: values[f.name] for f in fields(Config)})

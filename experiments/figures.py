@@ -1,6 +1,7 @@
 """Figures and tables of one or several runs, from the contents of their results.json."""
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -78,7 +79,7 @@ def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     if title is not None:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(textwrap.fill(title, int(11 * width)), fontsize=11)
     return figure
 
 
@@ -161,14 +162,14 @@ def memory_curves(title: str, curves: Mapping[str, Sequence["Group"]]) -> Figure
                 spreads = [group.percent(readout, measure) for group in measured]
                 if measured:
                     axes.errorbar(
-                        [group.total_megabytes for group in measured],
+                        [group.budget for group in measured],
                         [spread.mean for spread in spreads],
                         [spread.deviation or 0 for spread in spreads],
                         **styles[name],
                         capsize=3,
                         label=name,
                     )
-            axes.set_xlabel("model and exemplars (MB)")
+            axes.set_xlabel("budget: model and exemplars (MB)")
             axes.set_ylabel(f"{measures[measure]} accuracy (%)")
             axes.grid(alpha=0.3)
     _finish(figure)
@@ -176,7 +177,7 @@ def memory_curves(title: str, curves: Mapping[str, Sequence["Group"]]) -> Figure
 
 
 def memory_bars(title: str, groups: Sequence["Group"]) -> Figure:
-    """Draw the memory of each group after the last experience, model and exemplars."""
+    """Draw what each group holds after the last experience, model and exemplars, as measured."""
     figure = new_figure(8.4, 1.5 + 0.32 * len(groups), title)
     axes = figure.add_subplot()
     places = range(len(groups))
@@ -193,9 +194,10 @@ def memory_bars(title: str, groups: Sequence["Group"]) -> Figure:
         label="exemplars",
     )
     for place, group in zip(places, groups, strict=True):
+        total = group.megabytes("parameter", "exemplar")
         axes.annotate(
-            f"{group.total_megabytes:.3f}",
-            (group.total_megabytes, place),
+            f"{total:.3f}",
+            (total, place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -268,7 +270,7 @@ def _finish(figure: Figure) -> None:
             entries.values(),
             entries,
             loc="outside lower center",
-            ncols=2,
+            ncols=2 if max(map(len, entries)) < 6 * figure.get_figwidth() else 1,
             fontsize=9,
             frameon=False,
         )

@@ -57,9 +57,14 @@ _MEMORY = (
     "Memory is that after the last experience, in MB of 2²⁰ bytes: parameters of the model, "
     "pixels (or encoded bytes) of the exemplars."
 )
+_BUDGET = (
+    "Budget is the published accounting, at which methods are aligned: the parameters without the "
+    "classifier, and the memory's size in raw images, though equal shares of the classes leave a "
+    "rest of it."
+)
 _AREA = (
-    "Area under the average (AUC-A) or last (AUC-L) accuracy, as a fraction, over memory in MB, "
-    "by the trapezoid rule. Areas over different ranges cannot be compared."
+    "Area under the average (AUC-A) or last (AUC-L) accuracy, as a fraction, over the budget in "
+    "MB, by the trapezoid rule. Areas over different ranges cannot be compared."
 )
 
 
@@ -134,6 +139,12 @@ def report(
     check_distinct(configs)
     check_protocol(configs, allow, average)
     groups = group(runs, average)
+    sizes = {tuple(map(len, result["classes"])) for result in runs.values()}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"expected runs of the same experiences, got {' and '.join(map(str, sorted(sizes)))} "
+            "classes each"
+        )
     tables = [_summary(groups), _steps(groups), _areas(groups), _settings(runs)]
     title = _title(groups[0].results[0])
     figures = _figures(title, groups)
@@ -158,9 +169,16 @@ def _names(own: Group, readout: str) -> list[str]:
     return [own.method, own.backbone, own.memory, readout.upper()]
 
 
+def _measured(own: Group) -> list[float]:
+    """Return the memory held after the last experience in MB: model, exemplars, both."""
+    return [
+        own.megabytes(*kinds) for kinds in (["parameter"], ["exemplar"], ["parameter", "exemplar"])
+    ]
+
+
 def _summary(groups: Sequence[Group]) -> _Table:
     head = ["method", "backbone", "memory", "readout", "runs", "average", "last", "forgetting"]
-    head += ["model MB", "exemplar MB", "total MB", "seconds"]
+    head += ["budget MB", "model MB", "exemplar MB", "total MB", "seconds"]
     rows = [
         [
             *_names(own, readout),
@@ -169,15 +187,15 @@ def _summary(groups: Sequence[Group]) -> _Table:
                 own.percent(readout, name).text(2)
                 for name in ("average", "last", "forgetting_rate")
             ),
-            f"{own.megabytes('parameter'):.3f}",
-            f"{own.megabytes('exemplar'):.3f}",
-            f"{own.total_megabytes:.3f}",
+            f"{own.budget:.3f}",
+            *(f"{megabytes:.3f}" for megabytes in _measured(own)),
             own.seconds.text(0),
         ]
         for own in groups
         for readout in own.readouts
     ]
-    note = f"{_ACCURACY} {_MEMORY} Seconds: training and evaluation. ± is a standard deviation."
+    seconds = "Seconds: training and evaluation. ± is a standard deviation."
+    note = f"{_ACCURACY} {_MEMORY} {_BUDGET} {seconds}"
     return _Table("Accuracy and memory", note, head, rows, texts=4)
 
 
@@ -200,7 +218,7 @@ def _areas(groups: Sequence[Group]) -> _Table:
             measured = [own for own in points if readout in own.readouts]
             found = [areas(measured, readout, measure) for measure in ("average", "last")]
             if found[0] is not None:
-                megabytes = [own.total_megabytes for own in measured]
+                megabytes = [own.budget for own in measured]
                 rows.append(
                     [
                         *(name, readout.upper(), str(len(measured))),
@@ -261,15 +279,15 @@ def _figures(title: str, groups: Sequence[Group]) -> dict[str, tuple[str, Figure
     found = curves(groups)
     figures = {}
     for number, members in enumerate(budgets(found), start=1):
-        sizes = sorted(own.total_megabytes for own in members)
+        sizes = sorted(own.budget for own in members)
         ends = dict.fromkeys(f"{size:.2f}" for size in (sizes[0], sizes[-1]))
         figures[f"accuracy-{number}"] = (
             "Accuracy over the classes seen; bands: standard deviation over the runs. "
-            f"Memory at the end: {' to '.join(ends)} MB.",
+            f"Budget: {' to '.join(ends)} MB.",
             accuracy_curves(title, members, found),
         )
     figures["memory-curves"] = (
-        "Accuracy against memory; bars: standard deviation over the runs.",
+        "Accuracy against the budget; bars: standard deviation over the runs.",
         memory_curves(title, found),
     )
     figures["memory-bars"] = _MEMORY, memory_bars(title, groups)
@@ -298,25 +316,26 @@ def _csv(groups: Sequence[Group]) -> str:
     names = ["average", "last", "forgetting", *steps, "seconds"]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["method", "backbone", "memory", "readout", "runs", "model_mb", "exemplar_mb", "total_mb"]
+        ["method", "backbone", "memory", "readout", "runs", "budget_mb"]
+        + ["model_mb", "exemplar_mb", "total_mb"]
         + [column for name in names for column in (name, f"{name}_deviation")]
     )
     for own in groups:
         for readout in own.readouts:
             spreads = [own.percent(readout, n) for n in ("average", "last", "forgetting_rate")]
             spreads += [*own.accuracies(readout), own.seconds]
-            megabytes = [own.megabytes("parameter"), own.megabytes("exemplar"), own.total_megabytes]
-            row = [*_names(own, readout), len(own.results), *megabytes]
+            row = [*_names(own, readout), len(own.results), own.budget, *_measured(own)]
             writer.writerow(row + [value for spread in spreads for value in spread])
     return text.getvalue()
 
 
 def _latex(text: str) -> str:
     """Return text with LaTeX's own characters escaped."""
-    text = text.replace("\\", r"\textbackslash ").replace("2²⁰", "$2^{20}$")
-    for character in "&%#_":
-        text = text.replace(character, "\\" + character)
-    return text.replace("±", r"$\pm$")
+    names = {"\\": "backslash", "^": "asciicircum", "~": "asciitilde"}
+    escapes = {character: "\\" + character for character in "&%#_{}$"}
+    escapes |= {character: rf"\text{name}{{}}" for character, name in names.items()}
+    text = text.translate(str.maketrans(escapes))
+    return text.replace("2²⁰", "$2^{20}$").replace("±", r"$\pm$")
 
 
 _STYLE = """
@@ -387,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         page = report(options.folders, options.out, options.allow, options.average)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print((page.parent / "report.md").read_text())
     print(f"Report: {page}")

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from experiments.comparison import Group, Spread, group, read
+from experiments.comparison import Group, Spread, check_distinct, group, read
 from experiments.figures import markdown
 
 __all__ = ["main", "page"]
@@ -45,12 +45,12 @@ class _Row:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], base: Path) -> "_Row":
-        if wrong := _ROW.symmetric_difference(row):
-            raise ValueError(f"rows: expected {', '.join(sorted(_ROW))}, differs in {wrong}")
+        _keys("rows", row, _ROW)
         if unknown := set(row["published"]).difference(_PUBLISHED):
             raise ValueError(f"published: expected some of {', '.join(_PUBLISHED)}, got {unknown}")
-        folders = tuple(base / run for run in row["runs"])
-        runs, unfinished = read(folders)
+        runs, unfinished = read([base / run for run in row["runs"]])
+        check_distinct({name: run["config"] for name, run in runs.items()})
+        folders = tuple(map(Path, runs))
         groups = group(runs)
         if unfinished or len(groups) != 1:
             found = unfinished or [own.name for own in groups]
@@ -112,11 +112,19 @@ def page(path: Path) -> str:
     :raises ValueError: if an entry is not as expected, or a run is not finished.
     """
     content = yaml.safe_load(path.read_text())
+    _keys(f"{path}", content, {"title", "text", "sections"})
     parts = [f"# {content['title']}", content["text"]]
     for section in content["sections"]:
+        _keys("sections", section, {"title", "text", "rows"})
         rows = [_Row.of(row, path.parent) for row in section["rows"]]
         parts += [f"## {section['title']}", section["text"], *_tables(rows)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def _keys(place: str, content: Any, expected: set[str]) -> None:
+    wrong = expected.symmetric_difference(content) if isinstance(content, dict) else content
+    if wrong or not isinstance(content, dict):
+        raise ValueError(f"{place}: expected {', '.join(sorted(expected))}, differs in {wrong}")
 
 
 def _tables(rows: Sequence[_Row]) -> list[str]:
@@ -150,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = parser.parse_args(arguments).list
     try:
         text = page(path)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
     out = path.with_name("REPRODUCTION.md")
     out.write_text(text)

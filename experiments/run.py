@@ -6,6 +6,7 @@ papers' protocol. A run that was killed goes on when the same command is given a
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from avalanche.logging import BaseLogger, TensorboardLogger
 from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 
 from avalanche_memo.benchmarks import split_cifar100, split_digits, split_image_folder
-from avalanche_memo.budget import image_bytes
+from avalanche_memo.budget import image_bytes, parameter_bytes
 from avalanche_memo.evaluation import (
     ChannelMasks,
     ClassIncrementalAccuracy,
@@ -64,26 +66,30 @@ from avalanche_memo.training import (
     Replay,
 )
 from avalanche_memo.training.checkpoint import Checkpoint, restore
-from avalanche_memo.training.plugins import SparsityPlugin
+from avalanche_memo.training.plugins import HerdingReplayPlugin, SparsityPlugin
 from avalanche_memo.training.samples import original_image
-from experiments.config import Config, parse
+from experiments.config import Config, from_options, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.kept_models import KeptModels
 from experiments.progress import ProgressBar
 
 __all__ = [
+    "budget_bytes",
     "check",
     "check_folder",
     "chip",
+    "data_digest",
     "finished",
     "main",
     "make_benchmark",
     "make_network",
     "run",
+    "stored_config",
 ]
 
 _MASKED = ("memo", "der")
 _FIRST_EXPERIENCE = "first_experience.pt"
+_DATA = "data.txt"
 
 log = logging.getLogger("avalanche_memo")
 
@@ -97,7 +103,9 @@ def run(config: Config) -> dict[str, Any]:
     folder = config.folder
     with _locked(folder):
         _claim(folder, config)
-        return finished(folder) or _train(config, folder)
+        results = finished(folder)
+        # A finished run of an earlier version has its budget from its checkpoint.
+        return results if results and "budget_bytes" in results else _train(config, folder)
 
 
 def check(config: Config) -> None:
@@ -105,6 +113,12 @@ def check(config: Config) -> None:
 
     :raises ValueError: if a run of the configuration would stop before its first step.
     """
+    try:
+        torch.empty(0, device=None if config.device == "auto" else config.device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto or a device that is there, {error}") from None
+    if config.start_from is not None and not (config.folder / "checkpoint.pt").exists():
+        _donor(Path(config.start_from), config)
     train = make_benchmark(config).train_stream
     rates, nowhere = _memory_rates(config, train), Checkpoint("checkpoint.pt")
     config = replace(config, device="cpu")
@@ -149,7 +163,16 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
 
     def publish() -> dict[str, Any]:
         rows = checkpoint.extra["rows"]
-        results = _results(config, strategy, accuracy, rows) | {"experiences": len(train)}
+        results = _results(config, strategy, accuracy, rows) | {
+            "budget_bytes": budget_bytes(config, strategy.model, train[: len(rows)], rates),
+            "exemplars": sum(
+                len(plugin.buffer.buffer)
+                for plugin in strategy.plugins
+                if isinstance(plugin, HerdingReplayPlugin)
+            ),
+            "experiences": len(train),
+            "data": data_digest(config),
+        }
         _write(folder / "results.json", _compact(results))
         accuracy_figure([results], folder / "accuracy.png")
         return results
@@ -182,12 +205,7 @@ def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -
 
     :raises ValueError: if the folder holds no such state, or trained differently.
     """
-    if not (folder / _FIRST_EXPERIENCE).exists():
-        raise ValueError(
-            f"start_from: expected a run folder whose first experience is trained, got {folder}"
-        )
-    donor = parse(["--config", str(folder / "config.yaml")])
-    _refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
+    donor = _donor(folder, config)
     finished = Checkpoint(folder / _FIRST_EXPERIENCE, donor.fingerprint())
     state, refused = finished.load()
     if state is None:
@@ -195,6 +213,18 @@ def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -
     checkpoint.extra = finished.extra
     # The first experience has neither memory nor teacher: plugins start as they are.
     return {part: content for part, content in state.items() if part != "plugins"}
+
+
+def _donor(folder: Path, config: Config) -> Config:
+    """Return the configuration of a run whose first experience is that of another."""
+    if not (folder / _FIRST_EXPERIENCE).exists():
+        raise ValueError(
+            f"start_from: expected a run folder whose first experience is trained, got {folder}"
+        )
+    donor = stored_config(folder)
+    _refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
+    _refuse_other_data("start_from", folder, config)
+    return donor
 
 
 class _Stopwatch(SupervisedPlugin):
@@ -257,6 +287,24 @@ def make_benchmark(config: Config) -> Any:
     if root is None:
         raise ValueError("data_root: expected a folder with train/ and val/, got none")
     return split_image_folder(root, image_size=config.image_size, **protocol)
+
+
+def data_digest(config: Config) -> str | None:
+    """Return what tells one folder of images from another; None for data that are always the same.
+
+    It depends on the classes' names and the number of each one's files, not on the folder's place.
+    """
+    if config.benchmark != "image_folder" or config.data_root is None:
+        return None
+    classes = sorted(
+        (part, folder.name, len(list(folder.iterdir())))
+        for part in ("train", "val")
+        for folder in (Path(config.data_root) / part).glob("*")
+        if folder.is_dir()
+    )
+    files = sum(number for *_, number in classes)
+    digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:12]
+    return f"{files} files of {len({name for _, name, _ in classes})} classes, {digest}"
 
 
 def _backbone(config: Config) -> StagedBackbone:
@@ -349,6 +397,7 @@ def _strategy(
         "exemplars_per_class": config.exemplars_per_class,
         "memory_rates": rates,
         "compression": config.compression,
+        "spend_remainder": config.spend_remainder,
     }
     auxiliary = {"auxiliary_weight": config.auxiliary_weight}
     sparsity = {
@@ -464,6 +513,35 @@ def _results(
     }
 
 
+def budget_bytes(
+    config: Config,
+    network: ExpandableNetwork,
+    learned: Sequence[Any],
+    rates: MemoryRates | None = None,
+) -> int:
+    """Return what a run costs by the published accounting, after some experiences.
+
+    The parameters of the network without classifier and auxiliary head; and the memory's size in
+    raw images, whether or not its classes share it without a remainder. Joint training holds all
+    images.
+
+    :param config: the run's.
+    :param network: as it was after the experiences.
+    :param learned: the experiences.
+    :param rates: what the memory may hold beyond its size.
+    """
+    if config.method == "finetune":
+        exemplars = 0
+    elif config.method == "joint":
+        exemplars = sum(len(experience.dataset) for experience in learned)
+    else:
+        fixed = config.exemplars_per_class
+        exemplars = config.mem_size if fixed is None else fixed * len(network.classes)
+        exemplars += 0 if rates is None else rates.extra(len(learned) - 1)
+    image = image_bytes(tuple(learned[0].dataset.eval()[0][0].shape))
+    return parameter_bytes(network) - parameter_bytes(network.classifier) + exemplars * image
+
+
 def _plain(values: Any) -> Any:
     """Return nested lists with None for NaN, which JSON lacks."""
     if isinstance(values, list):
@@ -499,6 +577,8 @@ def _claim(folder: Path, config: Config) -> None:
         unfinished = folder / "config.yaml.part"
         config.save(unfinished)
         os.replace(unfinished, path)
+    if (digest := data_digest(config)) is not None and not (folder / _DATA).exists():
+        _write(folder / _DATA, digest)
 
 
 def check_folder(config: Config) -> None:
@@ -509,9 +589,23 @@ def check_folder(config: Config) -> None:
     folder, path = config.folder, config.folder / "config.yaml"
     if not path.exists():
         return
-    _refuse_other(
-        "run_folder", folder, parse(["--config", str(path)]).identity(), config.identity()
-    )
+    _refuse_other("run_folder", folder, stored_config(folder).identity(), config.identity())
+    _refuse_other_data("run_folder", folder, config)
+
+
+def stored_config(folder: Path) -> Config:
+    """Return the configuration that a run folder holds.
+
+    :raises ValueError: if it is damaged, or of another version.
+    """
+    path = folder / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected options and their values, got {content}")
+        return from_options(content)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
@@ -525,11 +619,28 @@ def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str
         )
 
 
+def _refuse_other_data(name: str, folder: Path, config: Config) -> None:
+    path, own = folder / _DATA, data_digest(config)
+    if path.exists() and path.read_text() != own:
+        raise ValueError(
+            f"{name}: {folder} holds a run on other data ({path.read_text()} there, {own} here); "
+            "expected another folder, or the same data"
+        )
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
-    """Return the results of a run folder, or None unless the run has come to its end."""
+    """Return the results of a run folder, or None unless the run has come to its end.
+
+    :raises ValueError: if its results.json is damaged, or none of this program.
+    """
     path = folder / "results.json"
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return results if results and len(results["classes"]) == results["experiences"] else None
+    if not path.exists():
+        return None
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        return results if len(results["classes"]) == results["experiences"] else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected the results of a run, got {error!r}") from None
 
 
 def _compact(results: dict[str, Any]) -> str:
@@ -552,12 +663,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the configuration of a command line, and those it is compared with; print the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = parse(arguments)
-    results = [run(config)]
+    configs = [config]
     for method in config.against:
         # A folder of its own: named after the method, or beside the one that was given.
         folder = config.run_folder and f"{config.run_folder}-{method}"
-        other = replace(config, method=method, against=[], shared_stages=None, run_folder=folder)
-        results.append(run(other if method in _MASKED else replace(other, sparsity_weight=0.0)))
+        own = {"shared_stages": None, "start_from": None, "run_folder": folder}
+        masks = {} if method in _MASKED else {"sparsity_weight": 0.0}
+        configs.append(replace(config, method=method, against=[], **own, **masks))
+    for each in configs:
+        check_folder(each)
+        if finished(each.folder) is None:
+            check(each)
+    results = [run(each) for each in configs]
     if len(results) > 1:
         accuracy_figure(results, config.folder / "accuracy.png")
     print(accuracy_table(results))

@@ -33,6 +33,7 @@ Further keys are ``retries``, how often a run that failed is tried again, and ``
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -98,15 +99,22 @@ def load(path: Path) -> Sweep:
         raise ValueError(f"{path}: expected the keys folder and axes, got {content}")
     for key in content:
         _known(f"{path}", key, known)
-    folder = Path(content.pop("folder")).absolute()
+    folder = content.pop("folder")
+    if not isinstance(folder, str) or not folder:
+        raise ValueError(f"folder: expected a path, got {folder}")
+    folder = Path(folder).absolute()
     common, axes = content.pop("common", None) or {}, _axes(content.pop("axes"))
+    if not isinstance(common, dict):
+        raise ValueError(f"common: expected options and their values, got {common}")
     for key in common:
         _known("common", key, _OPTIONS)
     runs: dict[str, Config] = {}
     for points, options in _combinations(axes):
         parts = {axis: point for axis, point in points.items() if axis != _PROTOCOL}
         protocol = [points[_PROTOCOL]] if _PROTOCOL in points else []
-        name = "/".join([*protocol, "-".join(parts.values())])
+        name = "/".join([*protocol, "-".join(parts.values()) or "run"])
+        if name in runs:
+            raise ValueError(f"axes: expected a name for each combination, got two called {name}")
         try:
             config = from_options({"against": []} | common | options)
         except ValueError as error:
@@ -117,11 +125,16 @@ def load(path: Path) -> Sweep:
         )
     if not runs:
         raise ValueError("axes: expected at least one run, got only combinations left out")
+    for key, kind, least in (("threads", int, 1), ("gpus", int | float, 0), ("retries", int, 0)):
+        value = content.get(key, least)
+        if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < math.inf:
+            whole = "whole " if kind is int else ""
+            raise ValueError(f"{key}: expected a {whole}number of at least {least}, got {value}")
+    for key in ("allow", "average"):
+        names = content.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{key}: expected a list of options, got {names}")
     sweep = Sweep(folder, runs, **content)
-    for key, least in (("threads", 1), ("gpus", 0), ("retries", 0)):
-        value = getattr(sweep, key)
-        if not isinstance(value, int | float) or value < least:
-            raise ValueError(f"{key}: expected a number of at least {least}, got {value}")
     check_distinct({name: config.identity() for name, config in runs.items()})
     for members in sweep.protocols.values():
         plain = {name: config.identity() for name, config in members.items()}
@@ -183,10 +196,11 @@ def _axes(content: Any) -> _Axes:
     owners: dict[str, str] = {}
     for axis, named in axes.items():
         for name in named:
-            if not re.fullmatch(r"[\w.+-]+", name):
+            if not re.fullmatch(r"[\w.+-]+", name) or name in (".", "..", "report"):
                 raise ValueError(
                     f"{axis}: expected names of letters, digits, '.', '_', '+' and '-', as parts "
-                    f"of folder names, got {name!r}; points with other values can be given names"
+                    f"of folder names, and not 'report', got {name!r}; points with other values "
+                    "can be given names"
                 )
             if name in _OPTIONS or owners.setdefault(name, axis) != axis:
                 raise ValueError(f"{axis}: expected a name that nothing else has, got {name}")
@@ -361,8 +375,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
         parser.error(str(error))
     for folder, members in sweep.protocols.items():
-        if any(finished(config.folder) for config in members.values()):
-            print(f"Report: {report([folder], folder / 'report', sweep.allow, sweep.average)}")
+        # Not whatever else is in the folder, such as runs of a sweep that has been changed since.
+        own = [c.folder for c in members.values() if (c.folder / "config.yaml").exists()]
+        if any(map(finished, own)):
+            print(f"Report: {report(own, folder / 'report', sweep.allow, sweep.average)}")
     if failed:
         raise SystemExit("\n".join(["These runs failed:", *failed]))
 

@@ -179,9 +179,11 @@ def test_stages_that_are_not_shared_count_once_an_experience(method, shared, mod
     assert aligned_exemplars(method, *split, model + 80, **options) == 8
 
 
-def test_equally_many_exemplars_per_class_are_a_multiple_of_the_classes():
-    memo = "memo", cifar_resnet(32), 0, 10, 24_684_160
-    assert aligned_exemplars(*memo, **ON_CIFAR, per_class=True) == 3300
+def test_bic_has_two_exemplars_of_each_class():
+    options = {"classes": 8, "image": 10}
+    with pytest.raises(ValueError, match=r"at least 240 bytes, 80 .* 2 exemplars of each of 8"):
+        aligned_exemplars("bic", three_stages(), 4, 2, 239, **options)
+    assert aligned_exemplars("bic", three_stages(), 4, 2, 240, **options) == 16
 
 
 def test_compressed_exemplars_cost_their_mean():

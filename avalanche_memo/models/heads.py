@@ -115,54 +115,59 @@ class GrowingLinear(GrowingClassifier):
 
 
 class BiasCorrectedLinear(GrowingLinear):
-    """BiC's classifier: a linear layer, and two parameters that correct each growth's logits.
+    """BiC's classifier: a linear layer, and two parameters that correct the newest logits.
 
-    Wu et al., "Large Scale Incremental Learning" (CVPR 2019): a logit o of the new classes becomes
-    ``alpha * o + beta``. No optimizer trains the pair: it is the identity until :meth:`correct`
-    sets it. The pairs of older growths stay as they are, in training and evaluation alike, as in
-    PyCIL; the authors' code drops them when new classes come.
+    Wu et al., "Large Scale Incremental Learning" (CVPR 2019): a logit o of the newest classes
+    becomes ``alpha * o + beta``. No optimizer trains the pair: it is the identity until
+    :meth:`correct` sets it, and again when new classes come.
+
+    The pair acts in evaluation mode, in the readout and where the network is distilled from; what
+    learns are the logits themselves, as in the authors' code. PyCIL keeps the pairs of all growths,
+    in training too, where after a short schedule they multiply gradients by tens or hundreds.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: list[int] = []
-        """The number of classes of each growth."""
-        self.corrections = nn.ParameterList()
-        """Alpha and beta of each growth, ``[2]``."""
+        self.newest = 0
+        """The number of classes of the latest growth."""
+        self.correction = nn.Parameter(torch.tensor([1.0, 0.0]), requires_grad=False)
+        """Their alpha and beta."""
 
     def grow(self, new_features: int = 0, new_classes: int = 0) -> None:
         """Add a block of features, rows for classes with a pair of their own, or both."""
         super().grow(new_features, new_classes)
         if new_classes:
-            self.sizes.append(new_classes)
-            identity = self.bias.new_tensor([1.0, 0.0])
-            self.corrections.append(nn.Parameter(identity, requires_grad=False))
+            self.newest = new_classes
+            self._uncorrect()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start afresh, uncorrected."""
         super().reset_parameters()
-        for correction in self.corrections:
-            correction.copy_(correction.new_tensor([1.0, 0.0]))
+        self._uncorrect()
 
     def requires_grad_(self, requires_grad: bool = True) -> "BiasCorrectedLinear":
-        """Let the weights learn or not; the corrections never do."""
+        """Let the weights learn or not; the correction never does."""
         super().requires_grad_(requires_grad)
-        self.corrections.requires_grad_(False)
+        self.correction.requires_grad_(False)
         return self
 
     @torch.no_grad()
     def correct(self, alpha: float, beta: float) -> None:
         """Correct the newest classes' logits, as they are now, to ``alpha * logit + beta``."""
-        newest = self.corrections[-1]
-        newest.mul_(alpha).add_(newest.new_tensor([0.0, beta]))
+        self.correction.mul_(alpha).add_(self.correction.new_tensor([0.0, beta]))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the corrected logits ``[B, C]`` of features ``[B, D]``."""
+        """Return the logits ``[B, C]`` of features ``[B, D]``, corrected in evaluation mode."""
         logits = super().forward(features)
-        parts = torch.split(logits, self.sizes, dim=1)
-        corrected = [a * part + b for part, (a, b) in zip(parts, self.corrections, strict=True)]
-        return torch.cat([logits[:, :0], *corrected], dim=1)
+        if self.training:
+            return logits
+        old, new = logits.tensor_split([self.out_features - self.newest], dim=1)
+        alpha, beta = self.correction
+        return torch.cat([old, alpha * new + beta], dim=1)
+
+    @torch.no_grad()
+    def _uncorrect(self) -> None:
+        self.correction.copy_(self.correction.new_tensor([1.0, 0.0]))
 
 
 class ProxyCosineClassifier(GrowingClassifier):

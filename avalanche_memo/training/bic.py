@@ -21,9 +21,9 @@ class BiC(ReplayTemplate):
 
     - Network: a single one with a :class:`BiasCorrectedLinear`.
     - Losses: ``(1 - lambda)`` cross-entropy over all classes seen, ``lambda`` distillation of the
-      old classes' corrected logits, with ``lambda = old classes / classes seen``.
+      old classes' logits as they were corrected, with ``lambda = old classes / classes seen``.
     - Phases: one, on all data but a held-out part; from the second experience on, two parameters
-      are then fitted on that part, which correct the new classes' logits.
+      are then fitted on that part, which correct the new classes' logits until newer ones come.
     - Memory: herding.
     - Readout: the classifier, corrected; or nearest mean of exemplars.
 

@@ -168,6 +168,8 @@ class HerdingBuffer(ExemplarsBuffer):
     :param rates: what the memory may hold beyond its size, or beyond the fixed number for each
         class seen, by experience; all classes share it. Exemplars once dropped don't come back, so
         where a rate rises faster than the classes, the older ones stay at what they hold.
+    :param spend_remainder: whether the first classes hold one more each, so that none of the
+        memory is left.
     :param compression: how exemplars are kept; as raw pixels if not given. Each class then has the
         bytes of its quota of raw images, at the size the network sees, and holds as many of its
         images' files, best first, as fit, and always the best. No pixel of an old class but those
@@ -183,6 +185,7 @@ class HerdingBuffer(ExemplarsBuffer):
         rerank: bool = False,
         rates: MemoryRates | None = None,
         compression: Compression | None = None,
+        spend_remainder: bool = False,
     ) -> None:
         _at_least_one("max_size", max_size)
         if exemplars_per_class is not None:
@@ -192,6 +195,7 @@ class HerdingBuffer(ExemplarsBuffer):
         self.rerank = rerank
         self.rates = rates
         self.compression = compression
+        self.spend_remainder = spend_remainder
         self.order: dict[int, Tensor] = {}
         """Per class, ``[m, 2]``: number of the source and position in its data set, best first."""
         self._sources: list[tuple[int, Any]] = []
@@ -204,11 +208,12 @@ class HerdingBuffer(ExemplarsBuffer):
             return sum(map(len, self._files.values()))
         return len(self.buffer) * _raw_bytes(self.buffer) if self.order else 0
 
-    def quota(self, n_classes: int, experience: int | None = None) -> int:
+    def quota(self, n_classes: int, experience: int | None = None, place: int | None = None) -> int:
         """Return the exemplars a class holds when ``n_classes`` have been seen.
 
         :param n_classes: classes seen.
         :param experience: after which experience, counted from 0; the latest if not given.
+        :param place: of the class in the order of appearance, from 0; the last if not given.
         :raises ValueError: if the memory is smaller than the number of classes, or has no rate for
             the experience.
         """
@@ -216,14 +221,19 @@ class HerdingBuffer(ExemplarsBuffer):
         if self.rates is not None:
             latest = max(0, len(self._sources) - 1)
             extra = self.rates.extra(latest if experience is None else experience)
+        spent = n_classes - 1 - place if self.spend_remainder and place is not None else 0
         if self.exemplars_per_class is not None:
-            return self.exemplars_per_class + extra // n_classes
+            return self.exemplars_per_class + (extra + spent) // n_classes
         if self.max_size < n_classes:
             raise ValueError(
                 f"mem_size: expected at least one exemplar for each of {n_classes} classes, "
                 f"got {self.max_size}"
             )
-        return int((self.max_size + extra) // n_classes)
+        return int((self.max_size + extra + spent) // n_classes)
+
+    def _quotas(self, classes: Sequence[int]) -> dict[int, int]:
+        """Return what each of the classes seen, in order of appearance, holds."""
+        return {c: self.quota(len(classes), place=place) for place, c in enumerate(classes)}
 
     def check(self, dataset: Any, n_classes: int) -> None:
         """Check, before training, that each of ``n_classes`` can hold an exemplar.
@@ -257,20 +267,20 @@ class HerdingBuffer(ExemplarsBuffer):
         targets = torch.as_tensor(list(exp.dataset.targets))
         source = self._source_of(exp, targets)
         present = [int(c) for c in torch.unique(targets)]
-        quota = self.quota(len(set(self.order) | set(present)))
+        quotas = self._quotas(list(dict.fromkeys([*self.order, *present])))
         candidates = dict(self.order) if self.rerank else {}
         for c in present:
             positions = torch.nonzero(targets == c).flatten()
             fresh = torch.stack([torch.full_like(positions, source), positions], dim=1)
             old = self.order.get(c, fresh[:0])
             candidates[c] = torch.cat([old, self._not_among(old, fresh)])
-        self.order = {c: self._front(order, quota) for c, order in self.order.items()}
+        self.order = {c: self._front(order, quotas[c]) for c, order in self.order.items()}
         quality = self._quality(agent_state, exp.dataset)
         for c, rows in candidates.items():
             rows = rows[torch.argsort(rows[:, 0], stable=True)]
             features = dataset_features(agent_state.model, self._dataset(rows), agent_state.device)
-            m = quota if self.compression is None else len(rows)
-            self.order[c] = self._front(rows[herding_order(features, m).cpu()], quota, quality)
+            m = quotas[c] if self.compression is None else len(rows)
+            self.order[c] = self._front(rows[herding_order(features, m).cpu()], quotas[c], quality)
         self._rebuild()
 
     def after(self, agent_state: Any, exp: Any) -> "HerdingBuffer":
@@ -293,8 +303,8 @@ class HerdingBuffer(ExemplarsBuffer):
         """
         self.max_size = new_size
         if self.order:
-            quota = self.quota(len(self.order))
-            self.order = {c: self._front(order, quota) for c, order in self.order.items()}
+            quotas = self._quotas(list(self.order))
+            self.order = {c: self._front(order, quotas[c]) for c, order in self.order.items()}
             self._rebuild()
 
     def state_dict(self) -> dict[str, Any]:

@@ -371,6 +371,8 @@ class ReplayTemplate(IncrementalTemplate):
     :param exemplars_per_class: a fixed number per class instead.
     :param memory_rates: what the memory may hold beyond that, by experience.
     :param compression: how exemplars are kept; as raw pixels if not given.
+    :param spend_remainder: whether the first classes hold one more each, so that none of the memory
+        is left over.
     :param method_plugins: the plugins that make the method; they run after the memory's.
     :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
     """
@@ -382,6 +384,7 @@ class ReplayTemplate(IncrementalTemplate):
         exemplars_per_class: int | None = None,
         memory_rates: MemoryRates | None = None,
         compression: Compression | None = None,
+        spend_remainder: bool = False,
         method_plugins: Sequence[Any] = (),
         **base_kwargs: Any,
     ) -> None:
@@ -390,6 +393,7 @@ class ReplayTemplate(IncrementalTemplate):
             exemplars_per_class=exemplars_per_class,
             rates=memory_rates,
             compression=compression,
+            spend_remainder=spend_remainder,
         )
         super().__init__(method_plugins=[memory, *method_plugins], **base_kwargs)
 

@@ -5,13 +5,17 @@ import re
 import shutil
 import statistics
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
-from avalanche_memo.training import Phase
+from avalanche_memo.budget import parameter_bytes
+from avalanche_memo.models import convnet2
+from avalanche_memo.training import Compression, MemoryRates, Phase
 from experiments.comparison import (
     Spread,
     areas,
@@ -25,21 +29,28 @@ from experiments.comparison import (
 )
 from experiments.config import Config
 from experiments.figures import (
+    METHOD_NAMES,
     _styles,
     accuracy_curves,
     confusion_matrices,
     memory_bars,
     memory_curves,
 )
-from experiments.report import main, report
+from experiments.report import _latex, main, report
+from experiments.run import budget_bytes, make_network
+from experiments.sweep import load
 
+CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 MEGABYTE = 2**20
 PLAIN = Config(against=[], increment=1, classes=2)
 CLASSIFIER = Phase(3, learns="classifier", data="balanced")
 
 
 def make_run(folder: Path, config=PLAIN, *, last=0.5, model=MEGABYTE, exemplars=MEGABYTE, **change):
-    """Write a finished run of two experiences of a class each: accuracy 1.0, then ``last``."""
+    """Write a finished run of two experiences of a class each: accuracy 1.0, then ``last``.
+
+    Its budget is 64 bytes more than what it holds, unless it is given.
+    """
     right = round(10 * last)
     readout = {
         "accuracy": [1.0, last],
@@ -49,6 +60,8 @@ def make_run(folder: Path, config=PLAIN, *, last=0.5, model=MEGABYTE, exemplars=
         "confusion": [[right, 10 - right], [10 - right, right]],
     }
     sizes = {"parameter_bytes": model, "exemplar_bytes": exemplars}
+    if "files" in change:
+        change["exemplars"] = change.pop("files")
     results = {
         "config": config.identity(),
         "cnn": readout,
@@ -57,6 +70,7 @@ def make_run(folder: Path, config=PLAIN, *, last=0.5, model=MEGABYTE, exemplars=
         "environment": {"device": "a CPU", "threads": 1, "torch": "2"},
         "seconds": {"train": [1.0, 2.0], "eval": [0.5, 0.5]},
         "experiences": 2,
+        "budget_bytes": model + (exemplars or 0) + 64,
     }
     folder.mkdir(parents=True)
     config.save(folder / "config.yaml")
@@ -85,7 +99,8 @@ def test_runs_that_differ_in_the_seed_are_one_group(two_seeds):
     assert own.percent("cnn", "forgetting_rate") == pytest.approx((35, 450**0.5))
     assert own.accuracies("cnn") == [(100, 0), pytest.approx((65, 450**0.5))]
     assert own.seconds == (4, 0)
-    assert own.total_megabytes == 2
+    assert own.megabytes("parameter", "exemplar") == 2
+    assert own.budget == 2 + 64 / MEGABYTE
     assert own.readouts == ["cnn"]
 
 
@@ -113,9 +128,51 @@ def test_labels_say_what_distinguishes_runs_of_a_method_and_nothing_else(tmp_pat
         "Finetune, resnet8, no exemplars",
     ]
     assert all(name.startswith("PODNet, attention ") for name in found[1:4])
-    assert "attention cbam, memory_rates [0.5, 0.5], flat_distillation kd, later 8" in found[1]
-    assert "attention none, memory_rates none, flat_distillation pod, later 8" in found[2]
-    assert {re.search(r"\+ (\d) epochs", name)[1] for name in found[2:4]} == {"3", "4"}
+    # Of the phases only the field that differs.
+    assert [name.removeprefix("PODNet, ") for name in found[1:4]] == [
+        "attention cbam, memory_rates [0.5, 0.5], flat_distillation kd, "
+        "later epochs 3 in phase 2, resnet8, 200 exemplars",
+        *(
+            "attention none, memory_rates none, flat_distillation pod, "
+            f"later epochs {epochs} in phase 2, resnet8, 200 exemplars"
+            for epochs in (3, 4)
+        ),
+    ]
+
+
+def compressed_runs(folder):
+    """Raw and compressed memories, and runs with a fixed number of images an epoch."""
+    webp = Compression("webp", 75)
+    for budget, size in (("small", 1), ("large", 2)):
+        for images in (None, 1000 * size):
+            config = replace(
+                PLAIN, mem_size=100 * size, later=[replace(PLAIN.later[0], images=images)]
+            )
+            make_run(folder / f"{budget}-{images}-raw", config, exemplars=size * MEGABYTE)
+            for seed in (1, 2):
+                run = replace(config, compression=webp, seed=seed)
+                name = f"{budget}-{images}-webp-{seed}"
+                options = {"exemplars": size * MEGABYTE, "files": 900 * size + 2 * seed}
+                make_run(folder / name, run, **options)
+    make_run(folder / "joint", replace(PLAIN, method="joint"), exemplars=9 * MEGABYTE)
+
+
+def test_labels_of_compressed_memories_fixed_epochs_and_all_data(tmp_path):
+    compressed_runs(tmp_path)
+    groups = groups_of(tmp_path)
+    assert groups[-1].name == "Joint, resnet8, all data"
+    assert "MEMO, webp 75, later images fixed, resnet8, 1803 files, webp 75" in {
+        own.name for own in groups
+    }
+    # The number of an epoch's images goes with the memory, along a curve.
+    found = {name: len(own) for name, own in curves(groups).items()}
+    assert found == {
+        "MEMO, raw, later images none": 2,
+        "MEMO, raw, later images fixed": 2,
+        "MEMO, webp 75, later images none": 2,
+        "MEMO, webp 75, later images fixed": 2,
+        "Joint": 1,
+    }
 
 
 def test_options_that_a_run_is_too_old_for_had_their_defaults(tmp_path):
@@ -148,6 +205,15 @@ def test_runs_of_different_protocols_are_refused(tmp_path, capsys, change, diffe
     check_protocol(configs, allow=["first", "later", *({*change} - {"lr", "first"})])
     with pytest.raises(ValueError, match=r"allow: expected some of .*, got mem_size"):
         check_protocol(configs, allow=["mem_size"])
+
+
+def test_runs_on_different_data_are_refused(tmp_path):
+    config = replace(PLAIN, benchmark="image_folder")
+    make_run(tmp_path / "a", replace(config, seed=1), data="4 files of 2 classes, abc")
+    make_run(tmp_path / "b", replace(config, seed=2), data="4 files of 2 classes, def")
+    with pytest.raises(ValueError, match=r"data: 4 files of 2 classes, abc in .*a; .*def in .*b"):
+        report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out", allow=["data"])
 
 
 def test_class_orders_can_be_averaged_over(tmp_path):
@@ -214,6 +280,131 @@ def test_area_under_accuracy_over_memory(tmp_path):
     assert areas([curve[0], curve[0]], "cnn", "last") is None
 
 
+class Images:
+    """Stands in for an experience of so many images of a shape."""
+
+    def __init__(self, shape=(3, 32, 32), n=5000):
+        self.shape, self.n = shape, n
+        self.dataset = self
+
+    def eval(self):
+        return [(torch.zeros(self.shape), 0)]
+
+    def __len__(self):
+        return self.n
+
+
+PUBLISHED = {  # Average and last accuracies at the five budgets; AUC-A and AUC-L (CIL survey).
+    "MEMO": ([54.8, 69.1, 70.3, 71.7, 72.1], [40.9, 57.0, 59.5, 61.8, 62.1], 10.85, 9.03),
+    "DER": ([53.8, 68.5, 70.4, 71.0, 70.1], [40.6, 57.3, 59.8, 60.3, 59.9], 10.74, 8.95),
+    "WA": ([65.3, 67.7, 68.1, 69.1, 69.5], [51.9, 55.1, 56.6, 58.1, 59.5], 10.80, 8.92),
+    "iCaRL": ([63.4, 67.2, 68.3, 70.0, 70.6], [48.4, 53.0, 54.7, 57.4, 58.6], 10.81, 8.64),
+    "BiC": ([62.3, 65.9, 68.1, 69.8, 70.5], [40.5, 50.2, 52.6, 57.9, 59.7], 10.73, 8.30),
+    "Replay": ([58.7, 64.6, 67.0, 69.0, 69.8], [41.4, 48.8, 51.3, 54.4, 55.6], 10.49, 8.02),
+    "PODNet": ([55.4, 58.4, 60.2, 61.0, 60.8], [36.8, 41.7, 44.1, 45.4, 45.4], 9.42, 6.80),
+}
+
+
+def test_the_shipped_sweep_has_the_published_areas_at_the_published_accuracies(tmp_path):
+    sweep = load(CONFIGS / "sweep_cifar100_b0_inc10.yaml")
+    points = [config for config in sweep.runs.values() if config.seed == 1993]
+    place = Counter()
+    for config in points:
+        network = make_network(config)
+        for number in range(10):
+            network.grow(range(10 * number, 10 * number + 10))
+        averages, lasts, *_ = PUBLISHED[METHOD_NAMES[config.method]]
+        average, last = averages[place[config.method]], lasts[place[config.method]]
+        place[config.method] += 1
+        folder = make_run(
+            tmp_path / f"{config.method}-{place[config.method]}",
+            config,
+            last=last / 100,
+            model=parameter_bytes(network),
+            exemplars=config.mem_size // 100 * 100 * 3072,
+            budget_bytes=budget_bytes(config, network, [Images()] * 10),
+        )
+        results = json.loads((folder / "results.json").read_text())
+        results["cnn"]["average"] = average / 100
+        (folder / "results.json").write_text(json.dumps(results))
+    report([tmp_path], tmp_path / "out", allow=["first", "later"])
+    table = (tmp_path / "out" / "report.md").read_text().split("## Accuracy over memory")[1]
+    found = {}
+    for line in table.splitlines():
+        if "| CNN" in line:
+            name, _, _, start, end, *found_areas = (c.strip() for c in line.strip("| ").split("|"))
+            found[name] = [float(area) for area in found_areas]
+            assert (float(start), float(end)) == pytest.approx(
+                (7998016 / MEGABYTE, 23.541), abs=0.004
+            )
+    assert found.keys() == PUBLISHED.keys()
+    for name, (*_, average, last) in PUBLISHED.items():
+        assert found[name] == pytest.approx([average, last], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("change", "exemplars"),
+    [
+        ({}, 201),
+        ({"exemplars_per_class": 7}, 7 * 4),
+        ({"method": "finetune"}, 0),
+        ({"method": "joint"}, 2 * 30),
+    ],
+)
+def test_a_budget_is_the_network_without_classifier_and_the_whole_memory(change, exemplars):
+    config = replace(PLAIN, method="replay", backbone="convnet2", mem_size=201)
+    config = replace(config, **change)
+    network = make_network(config)
+    for classes in ([0, 1], [2, 3]):
+        network.grow(classes)
+    learned = [Images((1, 8, 8), 30)] * 2
+    backbone = sum(parameter_bytes(stage) for stage in convnet2(1).stages)
+    assert budget_bytes(config, network, learned) == backbone + exemplars * 64
+    rates = MemoryRates((0.5, 0.25), increment=2, images_per_class=15)
+    more = 0 if config.method in ("finetune", "joint") else 7  # floor(0.25 * 2 * 15)
+    assert budget_bytes(config, network, learned, rates) == backbone + (exemplars + more) * 64
+
+
+def test_runs_of_other_experiences_are_refused_before_anything_is_written(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", replace(PLAIN, increment=2), classes=[[0, 1]], experiences=1)
+    with pytest.raises(
+        ValueError, match=r"expected runs of the same experiences, got \(1, 1\) and"
+    ):
+        report([tmp_path], tmp_path / "out", allow=["increment"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda results: results.pop("experiences"),
+        lambda results: results.pop("environment"),
+        lambda results: results["config"].update(gone=1),
+        lambda results: results["config"]["first"][0].update(gone=1),
+        None,
+    ],
+)
+def test_damaged_and_foreign_results_are_refused_by_name(tmp_path, capsys, damage):
+    path = make_run(tmp_path / "run") / "results.json"
+    results = json.loads(path.read_text())
+    if damage:
+        damage(results)
+    path.write_text(json.dumps(results) if damage else '{"config": ')
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "run/results.json: expected the results of a run" in capsys.readouterr().err
+
+
+def test_results_of_an_earlier_version_are_refused(tmp_path):
+    path = make_run(tmp_path / "old") / "results.json"
+    results = json.loads(path.read_text())
+    del results["budget_bytes"]
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"old/results.json: expected budget_bytes, .*--resume "):
+        report([tmp_path], tmp_path / "out")
+
+
 def test_aligned_backbones_make_one_curve_and_others_one_each(tmp_path):
     points(tmp_path, "memo", 1, 2, backbones=("resnet8", "resnet14"))
     points(tmp_path, "replay", 1, 2)
@@ -232,7 +423,7 @@ def test_budgets_put_points_side_by_side(tmp_path):
         ["MEMO", "Replay"],
         ["MEMO", "Replay", "Finetune"],
     ]
-    assert [budget[1].total_megabytes for budget in found] == [3, 4, 9]
+    assert [round(budget[1].budget, 3) for budget in found] == [3, 4, 9]
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +453,8 @@ def test_figures_show_the_numbers(compared):
     assert {round(62.5 - deviation, 6), round(62.5 + deviation, 6)} < heights
 
     average, last = memory_curves("title", found).axes
-    assert list(last.containers[0].lines[0].get_xdata()) == [2, 3]
+    budgets_mb = [size + 64 / MEGABYTE for size in (2, 3)]
+    assert list(last.containers[0].lines[0].get_xdata()) == pytest.approx(budgets_mb)
     assert list(last.containers[0].lines[0].get_ydata()) == pytest.approx([52.5, 62.5])
     assert list(average.containers[1].lines[0].get_ydata()) == pytest.approx([65, 70])
 
@@ -275,8 +467,10 @@ def test_figures_show_the_numbers(compared):
     assert image.tolist() == [[60, 40], [40, 60]]
 
 
-def test_no_legend_covers_a_curve_and_no_label_leaves_the_figure(compared):
-    groups = groups_of(compared / "runs")
+@pytest.mark.parametrize("kind", ["compared", "compressed"])
+def test_no_legend_covers_a_curve_and_no_label_leaves_the_figure(compared, tmp_path, kind):
+    compressed_runs(tmp_path)
+    groups = groups_of(compared / "runs" if kind == "compared" else tmp_path)
     found = curves(groups)
     for figure in (
         accuracy_curves("title", groups, found),
@@ -309,6 +503,7 @@ def test_tables_hold_the_same_numbers_in_each_format(compared):
     assert float(lines[1]["last"]) == pytest.approx(62.5)
     assert float(lines[1]["after_2_classes_deviation"]) == pytest.approx(12.5**0.5)
     assert float(lines[1]["total_mb"]) == 3
+    assert float(lines[1]["budget_mb"]) == 3 + 64 / MEGABYTE
     assert lines[2]["last_deviation"] == ""
     text = (out / "report.md").read_text()
     row = next(line for line in text.splitlines() if "101 exemplars" in line)
@@ -316,7 +511,7 @@ def test_tables_hold_the_same_numbers_in_each_format(compared):
     assert cells == [
         *("MEMO", "resnet8", "101 exemplars", "CNN", "2"),
         *("81.25 ± 1.77", "62.50 ± 3.54", "37.50 ± 3.54"),
-        *("1.000", "2.000", "3.000", "4 ± 0"),
+        *("3.000", "1.000", "2.000", "3.000", "4 ± 0"),
     ]
     tex = (out / "tables.tex").read_text()
     assert r"MEMO & resnet8 & 101 exemplars & CNN & 2 & 81.25 $\pm$ 1.77 &" in tex
@@ -325,6 +520,12 @@ def test_tables_hold_the_same_numbers_in_each_format(compared):
         assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(columns) - 1}
     assert tex.isascii()
     assert not re.search(r"(?<!\\)[%#_^]", tex.replace("}{!}{%", "").replace("2^{20}", ""))
+
+
+def test_latex_has_its_own_characters_escaped():
+    found = _latex("a_b 1% {$x^2~\\ ± 2²⁰")
+    escaped = r"a\_b 1\% \{\$x\textasciicircum{}2\textasciitilde{}\textbackslash{} $\pm$ $2^{20}$"
+    assert found == escaped
 
 
 def test_settings_say_which_methods_departed_from_the_defaults(compared):

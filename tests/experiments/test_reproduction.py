@@ -55,9 +55,33 @@ def test_what_was_not_published_is_left_empty(tmp_path, content):
     assert ours[2] == "ours"
 
 
+def test_a_folder_of_runs_has_their_own_configurations(tmp_path, content):
+    make_run(tmp_path / "both" / "one", replace(PLAIN, seed=3))
+    content["sections"][0]["rows"][0]["runs"] = ["both"]
+    *_, run = cells(page(written(tmp_path, content)), "MEMO")
+    assert run[5] == f"`--config {tmp_path / 'both' / 'one' / 'config.yaml'}`"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "while parsing a flow node"),
+        ("[]", "published.yaml: expected sections, text, title, differs in"),
+        ("{title: a, text: b}", "published.yaml: expected .*differs in {'sections'}"),
+        ("{title: a, text: b, sections: [{title: c, rows: []}]}", "sections: .*in {'text'}"),
+    ],
+)
+def test_a_damaged_list_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / "published.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "published.yaml")])
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"runs": ["seed1", "copy"]}, "expected different runs, got the same in .* and .*copy"),
         ({"readout": "nme"}, "readout: expected one of cnn, got nme"),
         ({"published": {"mean": 1}}, "published: expected some of average, last, accuracy, got"),
         ({"published": {"accuracy": [1]}}, "accuracy: expected 2 figures for MEMO, got 1"),
@@ -68,6 +92,7 @@ def test_what_was_not_published_is_left_empty(tmp_path, content):
 )
 def test_what_is_refused(tmp_path, content, capsys, change, message):
     make_run(tmp_path / "other", replace(PLAIN, method="der"))
+    make_run(tmp_path / "copy", replace(PLAIN, seed=1))
     content["sections"][0]["rows"][0] |= change
     with pytest.raises(SystemExit):
         main([str(written(tmp_path, content))])

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from avalanche_memo.benchmarks import split_digits
@@ -27,9 +29,10 @@ from avalanche_memo.training import (
 )
 from avalanche_memo.training.checkpoint import Checkpoint
 from avalanche_memo.training.plugins import SoftmaxDistillationPlugin
+from experiments import run as module
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
-from experiments.run import check, main, make_network, run
+from experiments.run import check, data_digest, main, make_network, run
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 SHORT = [
@@ -155,6 +158,17 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_results_has_results(fi
     assert without_times(tmp_path / "last") == without_times(finished)
 
 
+def test_a_finished_run_of_an_earlier_version_gets_its_budget(finished, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "old")
+    results = json.loads((folder / "results.json").read_text())
+
+    del results["budget_bytes"]
+    (folder / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(Checkpoint, "save", lambda *args: pytest.fail("nothing is to be trained"))
+    main(["--resume", str(folder)])
+    assert without_times(folder) == without_times(finished)
+
+
 def test_a_truncated_checkpoint_is_refused_and_the_previous_one_used(finished, tmp_path, caplog):
     folder = tmp_path / "truncated"
     config = short(folder)
@@ -198,6 +212,83 @@ def test_a_folder_of_another_configuration_is_refused(finished):
         run(short(finished, mem_size=100))
 
 
+@pytest.fixture
+def two_data_sets(tmp_path):
+    for name, classes, images in (("one", "ab", 3), ("names", "ax", 3), ("numbers", "ab", 4)):
+        for place in (f"{part}/{c}" for part in ("train", "val") for c in classes):
+            (tmp_path / name / place).mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", (16, 16)).save(tmp_path / name / place / f"{i}.png")
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    return tmp_path
+
+
+def test_a_folder_of_a_run_on_other_data_is_refused(two_data_sets, monkeypatch):
+    def config(name):
+        options = {"benchmark": "image_folder", "image_size": 16, "classes": 2, "increment": 1}
+        return short(two_data_sets / "run", data_root=str(two_data_sets / name), **options)
+
+    monkeypatch.setattr(module, "_train", lambda config, folder: {})
+    run(config("one"))
+    run(config("moved"))
+    for name in ("names", "numbers"):
+        with pytest.raises(ValueError, match=r"run_folder: .* other data \(12 files of 2 classes"):
+            run(config(name))
+    assert data_digest(Config()) is None
+
+
+def test_a_damaged_run_folder_is_refused_by_name(tmp_path):
+    config = short(tmp_path / "run")
+    for text, message in (
+        ("", "config.yaml: expected options and their values, got None"),
+        ("gone: 1", "config.yaml: .*gone"),
+        ("a: [", "config.yaml: .*expected"),
+    ):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"(?s){message}"):
+            run(config)
+    config.save(tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"results.json: expected the results of a run"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mem_size=11", "--against=[bic]", "--method=replay"], "at least two exemplars"),
+        (["--device=gpuu"], "device: expected auto or a device that is there, .*gpuu"),
+        (["--start_from=nowhere"], "start_from: expected a run folder .* got nowhere"),
+    ],
+)
+def test_all_that_is_to_run_is_checked_before_the_first(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(module, "run", lambda config: pytest.fail("nothing is to be trained"))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        main([*SHORT, *options, "--run_folder", str(tmp_path / "run")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_method_does_not_start_from_a_run_of_the_first(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(module, "_donor", lambda folder, config: config)
+    monkeypatch.setattr(module, "check", lambda config: None)
+    monkeypatch.setattr(module, "run", started.append)
+    with pytest.raises(TypeError):  # There are no results to show.
+        main([*SHORT, "--against=[finetune]", "--start_from=donor", f"--run_folder={tmp_path}/a"])
+    assert [(c.method, c.start_from) for c in started] == [("memo", "donor"), ("finetune", None)]
+
+
+def test_the_rest_of_the_memory_is_spent_on_demand(tmp_path):
+    options = [*SHORT, "--method=replay", "--mem_size=27", "--run_folder"]
+    held = []
+    for spend in ("false", "true"):
+        folder = str(tmp_path / spend)
+        results = run(parse([*options, folder, f"--spend_remainder={spend}"]))
+        held.append((results["exemplars"], results["bytes"][-1]["exemplar_bytes"]))
+    assert held == [(24, 24 * 64), (27, 27 * 64)]
+
+
 def test_two_processes_do_not_share_a_folder(finished):
     program = f"import fcntl, time; f = open({str(finished / '.lock')!r}, 'w'); "
     program += "fcntl.flock(f, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"
@@ -238,6 +329,8 @@ def test_table_and_figure_show_the_numbers_of_the_results(finished, tmp_path):
         (["--method=memoo"], "memoo"),
         (['--first=[{"epoch": 3}]'], "epoch"),
         (["--compression.quality=0"], "quality: expected 1 to 100 or 'auto', got 0"),
+        (["--seed=-1"], "seed: expected a number of at least 0, got -1"),
+        (["--lr=-1"], "lr: expected a number of at least 0, got -1"),
         (["--resume=nowhere"], "expected a run folder with a config.yaml, got nowhere"),
     ],
 )
@@ -245,6 +338,12 @@ def test_unknown_configuration_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_no_further_options(finished, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--resume", str(finished), "--seed=77"])
+    assert "--resume: expected a folder and no further options" in capsys.readouterr().err
 
 
 def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
@@ -278,7 +377,7 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
             ValueError,
             "mem_size: expected room for a compressed image",
         ),
-        ({"method": "podnet", "proxies": 0}, ValueError, "proxies: expected a number of at least"),
+        ({"method": "podnet", "proxies": 0}, ValueError, "proxies: expected a whole number"),
         ({"method": "der", "sparsity_weight": -1.0}, ValueError, "weight: expected .* got -1.0"),
         ({"sparsity_weight": 1.0, "mask_s_max": 1.0}, ValueError, "s_max: expected .* above 1"),
         ({"sparsity_weight": 1.0, "mask_rate": 0.0}, ValueError, "rate: expected a positive"),
@@ -424,6 +523,15 @@ def test_baselines_lie_between_finetuning_and_joint_training(tmp_path):
         assert last["finetune"] + 0.1 < last[method] <= last["joint"]
         assert average["finetune"] < average[method] <= average["joint"]
     assert last["bic"] > last["replay"]
+
+
+@pytest.mark.parametrize(
+    "split", [("--classes=8", "--increment=1"), ("--classes=7", "--base=1", "--increment=3")]
+)
+def test_bic_does_not_diverge_on_a_schedule_of_one_epoch(split, tmp_path):
+    epoch = ['--first=[{"epochs": 1}]', '--later=[{"epochs": 1}]', "--seed=1", "--against=[]"]
+    results = run(parse([*epoch, *split, "--method=bic", "--run_folder", str(tmp_path / "bic")]))
+    assert results["cnn"]["last"] > 0.3
 
 
 @pytest.mark.parametrize("method", ["bic", "joint"])

@@ -26,8 +26,10 @@ from avalanche_memo.training import (
     Phase,
 )
 from experiments import sweep as module
+from experiments.config import Config
 from experiments.run import run
 from experiments.sweep import check_runs, load, main, run_all
+from tests.experiments.test_report import make_run
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 SWEEP = """
@@ -106,15 +108,48 @@ def test_a_run_for_each_combination_named_after_its_points(tmp_path):
         ("{mem_size: 90}", "{increment: 3, mem_size: 90}", "increment: expected one axis"),
         ("{mem_size: 90}", "{momentum: 0.5}", "momentum: 0.9 in .*; 0.5 in b0/replay-large"),
         ("{mem_size: 90}", "{run_folder: x}", "got 'run_folder'"),
-        ("common:", "threads: 0\ncommon:", "threads: expected a number of at least 1, got 0"),
+        ("common:", "threads: 0\ncommon:", "threads: expected a whole number of at least 1, got 0"),
         ("common:", "gpus: one\ncommon:", "gpus: expected a number of at least 0, got one"),
         ("common:", "allow: [mem_size]\ncommon:", "allow: expected some of .*, got mem_size"),
         ("folder:", "# folder:", "expected the keys folder and axes"),
+        ("common:", "threads: 1.5\ncommon:", "threads: expected a whole number .*, got 1.5"),
+        ("common:", "threads: true\ncommon:", "threads: expected a whole number .*, got True"),
+        ("common:", "retries: 1.5\ncommon:", "retries: expected a whole number .*, got 1.5"),
+        ("common:", "gpus: .nan\ncommon:", "gpus: expected a number of at least 0, got nan"),
+        ("common:", "allow: later\ncommon:", "allow: expected a list of options, got later"),
+        ("common:", "average:\ncommon:", "average: expected a list of options, got None"),
+        ("b0: {increment: 2}", "report: {increment: 2}", "expected names .* got 'report'"),
+        ("b0: {increment: 2}", "..: {increment: 2}", r"expected names .* got '\.\.'"),
     ],
 )
 def test_a_faulty_sweep_is_refused(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         load(write(tmp_path, **{old: new}))
+
+
+@pytest.mark.parametrize("folder", ["", "5", "[a]"])
+def test_a_folder_that_is_no_path_is_refused(tmp_path, folder):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"folder: {folder}\naxes: {{seed: [1]}}\n")
+    with pytest.raises(ValueError, match="folder: expected a path, got "):
+        load(path)
+
+
+def test_combinations_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    first, second = "{a: {mem_size: 20}, a-b: {mem_size: 30}}", "{b-c: {proxies: 2}, c: {}}"
+    path.write_text(f"folder: {tmp_path}\naxes:\n  x: {first}\n  y: {second}\n")
+    with pytest.raises(ValueError, match=r"axes: expected a name for .*, got two called a-b-c"):
+        load(path)
+
+
+def test_protocols_may_be_the_only_axis(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    axes = "{protocol: {b0: {increment: 2}, b4: {base: 4, increment: 2}}}"
+    path.write_text(f"folder: {tmp_path}\naxes: {axes}\n")
+    sweep = load(path)
+    assert list(sweep.runs) == ["b0/run", "b4/run"]
+    assert list(sweep.protocols) == [tmp_path / "b0", tmp_path / "b4"]
 
 
 def test_a_merged_mapping_may_be_overridden(tmp_path):
@@ -260,6 +295,8 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     for config in sweep.runs.values():
         run(config)
     monkeypatch.setattr(module, "_ray", lambda: pytest.fail("there is nothing to run"))
+    # What a sweep held before it was changed is none of its runs.
+    make_run(tmp_path / "runs" / "former", Config(against=[], classes=2, increment=1))
     main([str(path)])
     assert "2 runs, 2 of them finished before" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "report" / "index.html").exists()
+    assert "- runs: 2;" in (tmp_path / "runs" / "report" / "report.md").read_text()

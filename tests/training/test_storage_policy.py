@@ -511,3 +511,17 @@ def test_class_means(api):
             with torch.no_grad():
                 expected = class_mean(model.extract_features(images))
             np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [11, 12, 19])
+def test_the_remainder_goes_to_the_first_classes(size):
+    buffer = HerdingBuffer(size, spend_remainder=True)
+    before = [size] * 10
+    for classes in range(1, 10):
+        quotas = [buffer.quota(classes, place=place) for place in range(classes)]
+        assert sum(quotas) == size
+        more = size % classes
+        assert quotas == [size // classes + 1] * more + [size // classes] * (classes - more)
+        assert all(now <= then for now, then in zip(quotas, before, strict=False))
+        before = quotas
+        assert buffer.quota(classes) == HerdingBuffer(size).quota(classes, place=0) == min(quotas)

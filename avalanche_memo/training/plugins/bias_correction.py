@@ -32,8 +32,11 @@ def fit_correction(
     :param logits: ``[n, W]``, a column per class id.
     :param targets: class ids ``[n]``, of old and new classes in equal parts.
     :param new_classes: the columns to correct.
+    :raises FloatingPointError: if a logit is not finite.
     """
     logits, targets = logits.detach().double().cpu(), targets.cpu()
+    if not logits.isfinite().all():
+        raise FloatingPointError("logits: expected finite numbers, got others; lower the rate")
     is_new = torch.zeros(logits.shape[1], dtype=torch.bool)
     is_new[list(new_classes)] = True
     pair = torch.zeros(2, dtype=torch.double, requires_grad=True)

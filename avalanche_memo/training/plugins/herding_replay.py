@@ -27,6 +27,8 @@ class HerdingReplayPlugin(SupervisedPlugin):
     :param rerank: whether older classes are herded again with the present features.
     :param rates: what the memory may hold beyond that, by experience.
     :param compression: how exemplars are kept, and which new images pass through the same codec.
+    :param spend_remainder: whether the first classes hold one more each, so that none of the
+        memory is left.
     :raises ValueError: if a number is below 1; before training, if the memory holds less than one
         exemplar for each class of the stream, or has too few rates for it, or rates by which it
         would hold more than there is.
@@ -40,6 +42,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
         rerank: bool = False,
         rates: MemoryRates | None = None,
         compression: Compression | None = None,
+        spend_remainder: bool = False,
     ) -> None:
         super().__init__()
         self.buffer = HerdingBuffer(
@@ -48,6 +51,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
             rerank=rerank,
             rates=rates,
             compression=compression,
+            spend_remainder=spend_remainder,
         )
         self._means: tuple[list[int], Tensor] | None = None
 
