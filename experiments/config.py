@@ -23,8 +23,8 @@ Method = Literal[
 ]
 
 _LATER_ONLY = (
-    *("later", "mem_size", "exemplars_per_class", "memory_rates", "auxiliary_weight"),
-    *("train_generalized", "gradient_through_frozen"),
+    *("later", "mem_size", "exemplars_per_class", "memory_rates", "spend_remainder"),
+    *("auxiliary_weight", "train_generalized", "gradient_through_frozen"),
     *("pod_weight", "flat_weight", "pooling", "flat_distillation", "kd_weight", "kd_temperature"),
     *("less_forget_weight", "ranking_weight"),
 )
