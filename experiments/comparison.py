@@ -50,11 +50,11 @@ class Spread(NamedTuple):
         """Return the spread of at least one value."""
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
-    def text(self, decimals: int, sign: str = "±") -> str:
+    def text(self, decimals: int) -> str:
         """Return "mean ± deviation", or the mean."""
         if self.deviation is None:
             return f"{self.mean:.{decimals}f}"
-        return f"{self.mean:.{decimals}f} {sign} {self.deviation:.{decimals}f}"
+        return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f}"
 
 
 @dataclass(frozen=True)
