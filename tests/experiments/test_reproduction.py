@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -99,3 +100,9 @@ def test_what_is_refused(tmp_path, content, capsys, change, message):
     error = " ".join(capsys.readouterr().err.split())
     assert re.search(message, error)
     assert not (tmp_path / "REPRODUCTION.md").exists()
+
+
+def test_the_shipped_page_is_what_its_list_gives(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    results = Path("experiments/results")
+    assert (results / "REPRODUCTION.md").read_text() == page(results / "published.yaml")
