@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 from avalanche_memo.analysis import block_features, block_gradients, block_shift, linear_cka
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.plugins import HerdingReplayPlugin
-from experiments.config import Config, parse
+from experiments.config import Config
 from experiments.figures import METHOD_NAMES, new_figure, protocol_title, save_figure
 from experiments.kept_models import KeptModels
-from experiments.run import make_benchmark, make_network
+from experiments.run import make_benchmark, make_network, stored_config
 
 __all__ = ["analyse", "main"]
 
@@ -50,7 +50,7 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
     """
     if images < 2:
         raise ValueError(f"images: expected a number of at least 2, got {images}")
-    config = parse(["--config", str(folder / "config.yaml")])
+    config = stored_config(folder)
     kept, benchmark = KeptModels(folder), make_benchmark(config)
     train, test = benchmark.train_stream, benchmark.test_stream
     tested = torch.cat([x for x, _ in _sample([e.dataset for e in test], images, 128)])

@@ -20,9 +20,9 @@ import torch
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import ExpandableNetwork
 from experiments.comparison import check_protocol
-from experiments.config import Config, parse
+from experiments.config import Config
 from experiments.figures import new_figure, save_figure
-from experiments.run import chip, make_network
+from experiments.run import chip, make_network, stored_config
 
 __all__ = ["latency", "main", "report", "survival"]
 
@@ -40,7 +40,7 @@ def report(folder: Path, device: str, rounds: int) -> dict[str, Any]:
     for name in ("config.yaml", "results.json", "checkpoint.pt"):
         if not (folder / name).exists():
             raise ValueError(f"folder: expected a run folder with {name}, got {folder}")
-    config = parse(["--config", str(folder / "config.yaml")])
+    config = stored_config(folder)
     results = json.loads((folder / "results.json").read_text())
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     structure = state["state"]["model"]["_extra_state"]
@@ -213,11 +213,10 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _check_alike(folders: Sequence[Path]) -> None:
     """Check that runs are of one protocol and one backbone."""
-    paths = {str(folder): folder / "config.yaml" for folder in folders}
     configs = {
-        folder: parse(["--config", str(path)]).identity()
-        for folder, path in paths.items()
-        if path.exists()
+        str(folder): stored_config(folder).identity()
+        for folder in folders
+        if (folder / "config.yaml").exists()
     }
     check_protocol(configs)
     backbones = sorted({config["backbone"] for config in configs.values()})

@@ -132,7 +132,6 @@ class EncodedImages(Dataset[tuple[Image.Image, int]]):
             if index not in self._modes:
                 self._modes[index] = self.originals[index][0].mode
             image = image.convert(self._modes[index])
-        image.load()
         return image, self.originals.targets[index]
 
 

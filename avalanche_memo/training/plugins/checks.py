@@ -71,6 +71,7 @@ def check_cosine_classifier(model: Any, user: str) -> None:
 def ends_experience(experience: Any) -> bool:
     """Return whether an experience is a whole one, or the last of its online sub-experiences.
 
-    Avalanche 0.6.0 marks none of these as the last where all have the same size.
+    Avalanche 0.6.0 marks none of these as the last where all have the same size, unless it was told
+    ``drop_last=True``.
     """
     return bool(getattr(experience, "is_last_subexp", True))

@@ -34,7 +34,8 @@ def align_weights(classifier: GrowingLinear, n_new: int) -> float:
 class WeightAlignmentPlugin(SupervisedPlugin):
     """Align the classifier's weights after each experience that brought new classes.
 
-    And each time again where it is trained more than once.
+    And each time again where it is trained more than once. Of an online stream it is the last
+    sub-experience that counts (:func:`ends_experience`).
 
     :param clip: whether weights below 0 are set to 0 after each step, so that, the features being
         positive, a weight's norm tells how large its logits are.
