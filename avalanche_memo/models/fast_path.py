@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from avalanche_memo.models.cifar_resnet import CifarBlock
 from avalanche_memo.models.imagenet_resnet import OpenBlock
+from avalanche_memo.models.pruning import Residual
 
 __all__ = ["FastPath", "fold_batch_norm", "has_bfloat16"]
 
@@ -60,6 +61,7 @@ def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     Only where the one is known to follow the other: right behind it in an ``nn.Sequential`` or in a
     residual block of torchvision's or this package's. Every other BatchNorm stays.
+    Where pruning has left a residual fewer channels than its sum, it gets them back as zeros.
 
     :param block: a block in evaluation mode.
     :param dtype: the type of the copy's weights; folding itself is done in float32.
@@ -72,4 +74,7 @@ def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
             if isinstance(first, nn.Conv2d) and type(second) is nn.BatchNorm2d:
                 setattr(parent, name, fuse_conv_bn_eval(first, second))
                 setattr(parent, next_name, nn.Identity())
+    for module in folded.modules():
+        if isinstance(module, Residual):
+            module.widen_residual()
     return folded.to(dtype)

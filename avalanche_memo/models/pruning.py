@@ -39,6 +39,7 @@ class Residual(nn.Module):
     :param last_relu: whether the sum has a ReLU on it.
     :param more_channels: channels of the sum that the shortcut has not.
     :param residual_channels: the residual's channels in the sum; ``None`` for all, in order.
+    :param width: C', needed where the residual's channels are some of them.
     """
 
     residual_channels: Tensor | None
@@ -50,12 +51,14 @@ class Residual(nn.Module):
         last_relu: bool,
         more_channels: int = 0,
         residual_channels: Tensor | None = None,
+        width: int = 0,
     ) -> None:
         super().__init__()
         self.residual = residual
         self.shortcut = shortcut
         self.last_relu = last_relu
         self.more_channels = more_channels
+        self.width = width
         # Not saved: they follow from the structure.
         self.register_buffer("residual_channels", residual_channels, persistent=False)
 
@@ -69,6 +72,24 @@ class Residual(nn.Module):
         else:
             output = _add_channels(output, self.residual_channels, residual)
         return F.relu(output, inplace=True) if self.last_relu else output
+
+    @torch.no_grad()
+    def widen_residual(self) -> None:
+        """Give the residual all channels of the sum, zeros where it had none; same outputs.
+
+        A sum of all channels takes less time than the larger convolution costs. The residual's
+        BatchNorm must have been folded into that one, its last layer.
+        """
+        if self.residual_channels is None:
+            return
+        *_, last = (m for m in self.residual.modules() if isinstance(m, nn.Conv2d))
+        assert last.bias is not None
+        for name, parameter in list(last.named_parameters()):
+            wide = parameter.new_zeros(self.width, *parameter.shape[1:])
+            wide.index_copy_(0, self.residual_channels, parameter)
+            setattr(last, name, nn.Parameter(wide, requires_grad=parameter.requires_grad))
+        last.out_channels = self.width
+        self.residual_channels = None
 
 
 class _Widen(nn.Module):
@@ -264,7 +285,7 @@ def prune_channels(block: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module
             in_order = places == list(range(len(total)))
             channels = None if in_order else torch.tensor(places, device=device)
             more = len(total) - len(passed)
-            return Residual(residual, shortcut, module.last_relu, more, channels), total
+            return Residual(residual, shortcut, module.last_relu, more, channels, len(total)), total
         if isinstance(module, _LISTS):
             parts = []
             for child in module.children():

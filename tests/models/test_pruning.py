@@ -255,6 +255,7 @@ def test_a_pruned_block_can_be_folded(make):
     pruned = prune_channels(masked, open_channels(masked)).eval()
     folded = fold_batch_norm(pruned, torch.float64)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert not any(getattr(m, "residual_channels", None) is not None for m in folded.modules())
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(run(folded, x), run(masked, x), rtol=1e-9, atol=1e-9)
 
