@@ -29,14 +29,52 @@ __all__ = ["latency", "main", "report", "survival"]
 BATCHES = (1, 128)
 
 
-def report(folder: Path, device: str, rounds: int) -> dict[str, Any]:
-    """Return what a run's pruning left, as plain data; of a run without pruning, what it has.
+def report(folders: Sequence[Path], device: str, rounds: int) -> list[dict[str, Any]]:
+    """Return what each run's pruning left, as plain data; of a run without pruning, what it has.
 
-    :param folder: a run folder with at least one finished experience.
+    Latencies of all runs are measured in turn, the network without pruning once for all.
+
+    :param folders: run folders with at least one finished experience each, of one protocol.
     :param device: where latency is measured.
     :param rounds: measurements of each latency.
-    :raises ValueError: if the folder holds no run, or one of a network that does not expand.
+    :raises ValueError: if a folder holds no run, or one of a network that does not expand.
     """
+    reports, structures, configs = [], [], []
+    for folder in folders:
+        each, config, structure = _sizes(folder)
+        each["machine"] = (
+            f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}"
+        )
+        reports.append(each)
+        structures.append(structure)
+        configs.append(config)
+    for n in range(1, max(len(each["experiences"]) for each in reports) + 1):
+        networks: dict[Any, ExpandableNetwork] = {}
+        for i, (each, config, structure) in enumerate(
+            zip(reports, configs, structures, strict=True)
+        ):
+            if n <= len(each["experiences"]):
+                if config.sparsity_weight:
+                    networks[i] = _network(config, structure, n)
+                whole = replace(config, sparsity_weight=0.0)
+                networks.setdefault("unpruned", _network(whole, structure, n))
+        fast, shape = configs[0].fast, _image_shape(configs[0])
+        networks = {k: v.to(device).use(fast).eval() for k, v in networks.items()}
+        images = torch.randn(max(BATCHES), *shape, device=device)
+        found = {batch: latency(networks, images[:batch], rounds) for batch in BATCHES}
+        for i, each in enumerate(reports):
+            if n <= len(each["experiences"]):
+                names = {"pruned": i, "unpruned": "unpruned"}
+                each["experiences"][n - 1]["latency"] = {
+                    batch: {k: of[name] for k, name in names.items() if name in of}
+                    for batch, of in found.items()
+                }
+    return reports
+
+
+def _sizes(folder: Path) -> tuple[dict[str, Any], Config, dict[str, Any]]:
+    """Return a run's report without latencies, its configuration and its network's structure."""
     for name in ("config.yaml", "results.json", "checkpoint.pt"):
         if not (folder / name).exists():
             raise ValueError(f"folder: expected a run folder with {name}, got {folder}")
@@ -52,23 +90,20 @@ def report(folder: Path, device: str, rounds: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for n in range(1, len(results["classes"]) + 1):
         networks = {side: _network(own, structure, n) for side, own in sides.items()}
-        row: dict[str, Any] = {
-            "parameters": {k: parameter_bytes(v) // 4 for k, v in networks.items()},
-            "inference_bytes": {k: inference_bytes(v) for k, v in networks.items()},
-        }
-        images = torch.randn(max(BATCHES), *_image_shape(config), device=device)
-        networks = {k: v.to(device).use(config.fast).eval() for k, v in networks.items()}
-        row["latency"] = {batch: latency(networks, images[:batch], rounds) for batch in BATCHES}
-        rows.append(row)
-    return {
+        rows.append(
+            {
+                "parameters": {k: parameter_bytes(v) // 4 for k, v in networks.items()},
+                "inference_bytes": {k: inference_bytes(v) for k, v in networks.items()},
+            }
+        )
+    found = {
         "run": folder.name,
         "config": config.identity(),
         "accuracy": {k: results[k]["accuracy"] for k in ("cnn", "nme") if k in results},
         "experiences": rows,
         "survival": survival(config, structure["kept"]) if config.sparsity_weight else {},
-        "machine": f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}",
     }
+    return found, config, structure
 
 
 def _network(config: Config, structure: dict[str, Any], n: int) -> ExpandableNetwork:
@@ -86,15 +121,15 @@ def _image_shape(config: Config) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def latency(
-    networks: dict[str, ExpandableNetwork], images: torch.Tensor, rounds: int
-) -> dict[str, list[float]]:
+    networks: dict[Any, ExpandableNetwork], images: torch.Tensor, rounds: int
+) -> dict[Any, list[float]]:
     """Return the 10th, 50th and 90th percentile of seconds per image of each network.
 
     :param networks: measured in turn, each round.
     :param images: the batch.
     :param rounds: measurements of each, after two that don't count.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    seconds: dict[Any, list[float]] = {name: [] for name in networks}
     for _ in range(rounds + 2):
         for name, network in networks.items():
             started = time.perf_counter()
@@ -174,7 +209,7 @@ def _table(head: Sequence[str]) -> list[str]:
 def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw accuracy, parameters and latency against the number of experiences.
 
-    The network without pruning is drawn once, as the first run has it.
+    The network without pruning, the same for all, is drawn once.
     """
     figure = new_figure(14.4, 3.6)
     accuracy, *axes = figure.subplots(1, 2 + len(BATCHES))
@@ -234,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         _check_alike(options.folders)
-        reports = [report(folder, options.device, options.rounds) for folder in options.folders]
+        reports = report(options.folders, options.device, options.rounds)
     except ValueError as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
