@@ -32,78 +32,61 @@ BATCHES = (1, 128)
 def report(folders: Sequence[Path], device: str, rounds: int) -> list[dict[str, Any]]:
     """Return what each run's pruning left, as plain data; of a run without pruning, what it has.
 
-    Latencies of all runs are measured in turn, the network without pruning once for all.
+    Latencies of all runs are measured in turn, so that they can be compared.
 
-    :param folders: run folders with at least one finished experience each, of one protocol.
+    :param folders: run folders with at least one finished experience each.
     :param device: where latency is measured.
     :param rounds: measurements of each latency.
     :raises ValueError: if a folder holds no run, or one of a network that does not expand.
     """
-    reports, structures, configs = [], [], []
-    for folder in folders:
-        each, config, structure = _sizes(folder)
-        each["machine"] = (
-            f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}"
-        )
+    runs = [_read(folder) for folder in folders]
+    reports: list[dict[str, Any]] = []
+    for folder, (config, results, structure) in zip(folders, runs, strict=True):
+        each = {
+            "run": folder.name,
+            "config": config.identity(),
+            "accuracy": {k: results[k]["accuracy"] for k in ("cnn", "nme") if k in results},
+            "experiences": [],
+            "survival": survival(config, structure["kept"]) if config.sparsity_weight else {},
+            "machine": f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
+            f"torch {torch.__version__}",
+        }
         reports.append(each)
-        structures.append(structure)
-        configs.append(config)
-    for n in range(1, max(len(each["experiences"]) for each in reports) + 1):
-        networks: dict[Any, ExpandableNetwork] = {}
-        for i, (each, config, structure) in enumerate(
-            zip(reports, configs, structures, strict=True)
-        ):
-            if n <= len(each["experiences"]):
-                if config.sparsity_weight:
-                    networks[i] = _network(config, structure, n)
-                whole = replace(config, sparsity_weight=0.0)
-                networks.setdefault("unpruned", _network(whole, structure, n))
-        fast, shape = configs[0].fast, _image_shape(configs[0])
-        networks = {k: v.to(device).use(fast).eval() for k, v in networks.items()}
-        images = torch.randn(max(BATCHES), *shape, device=device)
-        found = {batch: latency(networks, images[:batch], rounds) for batch in BATCHES}
-        for i, each in enumerate(reports):
-            if n <= len(each["experiences"]):
-                names = {"pruned": i, "unpruned": "unpruned"}
-                each["experiences"][n - 1]["latency"] = {
-                    batch: {k: of[name] for k, name in names.items() if name in of}
-                    for batch, of in found.items()
-                }
+    images = torch.randn(max(BATCHES), *_image_shape(runs[0][0]), device=device)
+    for n in range(1, max(len(results["classes"]) for _, results, _ in runs) + 1):
+        networks: dict[tuple[int, str], ExpandableNetwork] = {}
+        for i, (config, results, structure) in enumerate(runs):
+            if n > len(results["classes"]):
+                continue
+            sides = {"unpruned": replace(config, sparsity_weight=0.0)}
+            if config.sparsity_weight:
+                sides = {"pruned": config, **sides}
+            own = {side: _network(its, structure, n) for side, its in sides.items()}
+            row: dict[str, Any] = {
+                "parameters": {k: parameter_bytes(v) // 4 for k, v in own.items()},
+                "inference_bytes": {k: inference_bytes(v) for k, v in own.items()},
+                "latency": {batch: {} for batch in BATCHES},
+            }
+            reports[i]["experiences"].append(row)
+            for side, network in own.items():
+                networks[i, side] = network.to(device).use(config.fast).eval()
+        for batch in BATCHES:
+            for (i, side), seconds in latency(networks, images[:batch], rounds).items():
+                reports[i]["experiences"][n - 1]["latency"][batch][side] = seconds
     return reports
 
 
-def _sizes(folder: Path) -> tuple[dict[str, Any], Config, dict[str, Any]]:
-    """Return a run's report without latencies, its configuration and its network's structure."""
+def _read(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]]:
+    """Return a run's configuration, its results and its network's structure."""
     for name in ("config.yaml", "results.json", "checkpoint.pt"):
         if not (folder / name).exists():
             raise ValueError(f"folder: expected a run folder with {name}, got {folder}")
     config = stored_config(folder)
-    results = json.loads((folder / "results.json").read_text())
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    structure = state["state"]["model"]["_extra_state"]
     if config.method not in ("der", "memo"):
         raise ValueError(f"folder: expected a run of DER or MEMO, got {config.method} in {folder}")
-    sides = {"unpruned": replace(config, sparsity_weight=0.0)}
-    if config.sparsity_weight:
-        sides = {"pruned": config, **sides}
-    rows: list[dict[str, Any]] = []
-    for n in range(1, len(results["classes"]) + 1):
-        networks = {side: _network(own, structure, n) for side, own in sides.items()}
-        rows.append(
-            {
-                "parameters": {k: parameter_bytes(v) // 4 for k, v in networks.items()},
-                "inference_bytes": {k: inference_bytes(v) for k, v in networks.items()},
-            }
-        )
-    found = {
-        "run": folder.name,
-        "config": config.identity(),
-        "accuracy": {k: results[k]["accuracy"] for k in ("cnn", "nme") if k in results},
-        "experiences": rows,
-        "survival": survival(config, structure["kept"]) if config.sparsity_weight else {},
-    }
-    return found, config, structure
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    results = json.loads((folder / "results.json").read_text())
+    return config, results, state["state"]["model"]["_extra_state"]
 
 
 def _network(config: Config, structure: dict[str, Any], n: int) -> ExpandableNetwork:
@@ -121,15 +104,15 @@ def _image_shape(config: Config) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def latency(
-    networks: dict[Any, ExpandableNetwork], images: torch.Tensor, rounds: int
-) -> dict[Any, list[float]]:
+    networks: dict[tuple[int, str], ExpandableNetwork], images: torch.Tensor, rounds: int
+) -> dict[tuple[int, str], list[float]]:
     """Return the 10th, 50th and 90th percentile of seconds per image of each network.
 
     :param networks: measured in turn, each round.
     :param images: the batch.
     :param rounds: measurements of each, after two that don't count.
     """
-    seconds: dict[Any, list[float]] = {name: [] for name in networks}
+    seconds: dict[tuple[int, str], list[float]] = {name: [] for name in networks}
     for _ in range(rounds + 2):
         for name, network in networks.items():
             started = time.perf_counter()
@@ -209,7 +192,7 @@ def _table(head: Sequence[str]) -> list[str]:
 def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw accuracy, parameters and latency against the number of experiences.
 
-    The network without pruning, the same for all, is drawn once.
+    The network without pruning is drawn once, as the first run has it.
     """
     figure = new_figure(14.4, 3.6)
     accuracy, *axes = figure.subplots(1, 2 + len(BATCHES))

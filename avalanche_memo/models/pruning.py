@@ -37,9 +37,8 @@ class Residual(nn.Module):
     :param residual: the residual's layers.
     :param shortcut: the shortcut's; its channels come first in the sum.
     :param last_relu: whether the sum has a ReLU on it.
-    :param more_channels: channels of the sum that the shortcut has not.
+    :param width: C', where the shortcut may have fewer channels, too.
     :param residual_channels: the residual's channels in the sum; ``None`` for all, in order.
-    :param width: C', needed where the residual's channels are some of them.
     """
 
     residual_channels: Tensor | None
@@ -49,15 +48,13 @@ class Residual(nn.Module):
         residual: nn.Module,
         shortcut: nn.Module,
         last_relu: bool,
-        more_channels: int = 0,
-        residual_channels: Tensor | None = None,
         width: int = 0,
+        residual_channels: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.residual = residual
         self.shortcut = shortcut
         self.last_relu = last_relu
-        self.more_channels = more_channels
         self.width = width
         # Not saved: they follow from the structure.
         self.register_buffer("residual_channels", residual_channels, persistent=False)
@@ -65,8 +62,9 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output for a feature map."""
         residual, output = self.residual(x), self.shortcut(x)
-        if self.more_channels:
-            output = F.pad(output, (0, 0, 0, 0, 0, self.more_channels))
+        more_channels = self.width - output.shape[1]
+        if more_channels > 0:
+            output = F.pad(output, (0, 0, 0, 0, 0, more_channels))
         if self.residual_channels is None:
             output = output + residual
         else:
@@ -284,8 +282,7 @@ def prune_channels(block: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module
             places = [total.index(c) for c in added]
             in_order = places == list(range(len(total)))
             channels = None if in_order else torch.tensor(places, device=device)
-            more = len(total) - len(passed)
-            return Residual(residual, shortcut, module.last_relu, more, channels, len(total)), total
+            return Residual(residual, shortcut, module.last_relu, len(total), channels), total
         if isinstance(module, _LISTS):
             parts = []
             for child in module.children():
