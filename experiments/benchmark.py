@@ -15,6 +15,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
 from avalanche.training.plugins import EvaluationPlugin, SupervisedPlugin
 from avalanche.training.storage_policy import HerdingSelectionStrategy
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from avalanche_memo.benchmarks import cifar_eval_transform, cifar_train_transform, split_classes
 from avalanche_memo.evaluation import ClassIncrementalAccuracy
@@ -38,10 +40,10 @@ PLAIN = FastPath.of(False)
 PARTS = {
     "plain": PLAIN,
     "fast": FastPath(),
-    "resident batches alone": FastPath(True, False, False, False),
-    "channels_last alone": FastPath(False, True, False, False),
-    "bfloat16 alone": FastPath(False, False, True, False),
-    "folded frozen blocks alone": FastPath(False, False, False, True),
+    "resident batches alone": replace(PLAIN, resident_batches=True),
+    "channels_last alone": replace(PLAIN, channels_last=True),
+    "bfloat16 alone": replace(PLAIN, bfloat16=True),
+    "folded frozen blocks alone": replace(PLAIN, fold_frozen=True),
 }
 
 
@@ -182,6 +184,35 @@ def _peak_memory(experiences: int, fast: FastPath, device: str) -> float:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
 
 
+def training_flops(experiences: int) -> int:
+    """Return the floating-point operations of a training step of MEMO, forward and backward."""
+    strategy, _ = strategy_at("MEMO", experiences, PLAIN, "cpu")
+    # The classes that are missing would make the last block.
+    strategy.model.grow(range(10))
+    strategy.model.train()
+    with FlopCounterMode(display=False) as counter:
+        strategy.model(torch.randn(BATCH, 3, 32, 32)).sum().backward()
+    return counter.get_total_flops()
+
+
+def ceilings(device: str) -> tuple[float, float]:
+    """Return the bfloat16 operations and the bytes per second of a matrix product and of a copy."""
+    matrix = torch.randn(4096, 4096, device=device).bfloat16()
+    data = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    other = torch.empty_like(data)
+
+    def rate(amount: float, work: Callable[[], Any]) -> float:
+        def done() -> None:
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        done()
+        return amount / statistics.median(seconds(done) for _ in range(5))
+
+    return rate(2 * 4096**3, lambda: matrix @ matrix), rate(2**28, lambda: other.copy_(data))
+
+
 def seconds(work: Callable[[], Any]) -> float:
     """Return how long a piece of work takes."""
     started = time.perf_counter()
@@ -237,6 +268,9 @@ def measure(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
                 for side, fast in parts.items()
             }
             if method == "MEMO" and n > 1:
+                sides["fast, frozen blocks compiled"] = lambda n=n: training_steps(
+                    "MEMO", n, FastPath(compile_frozen=True), device, steps
+                )
                 sides["fast, gradient stopped at frozen blocks"] = lambda n=n: training_steps(
                     "MEMO", n, FastPath(), device, steps, stop=True
                 )
@@ -269,9 +303,8 @@ def measure(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def growth(rows: list[dict[str, Any]]) -> dict[str, float]:
+def growth(medians: dict[tuple[str, str], float]) -> dict[str, float]:
     """Return, per side, the seconds that one more frozen block adds to a training step of MEMO."""
-    medians = {(row["what"], row["side"]): row["median"] for row in rows}
     return {
         side: (
             medians["MEMO training step, experience 10", side]
@@ -300,7 +333,14 @@ def main() -> None:
     head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
     print(head)
     rows = measure(options.device, options.rounds, options.steps)
-    added = {side: 1e3 * value for side, value in growth(rows).items()}
+    medians = {(row["what"], row["side"]): row["median"] for row in rows}
+    added = {side: 1e3 * value for side, value in growth(medians).items()}
+    product, copy = ceilings(options.device)
+    shares = {
+        n: training_flops(n) / medians[f"MEMO training step, experience {n}", "fast"] / product
+        for n in (1, 5, 10)
+    }
+    written = 5000 * 3 * 32 * 32 * 4 / medians["loader, 5,000 images", "fast"]
     machine = f"{chip(torch.device(options.device))}, {torch.get_num_threads()} threads, "
     machine += f"torch {torch.__version__}, Python {platform.python_version()}"
     notes = [
@@ -310,13 +350,26 @@ def main() -> None:
         "One more frozen block adds to a step of MEMO: "
         + "; ".join(f"{side} {value:.1f} ms" for side, value in added.items())
         + ".",
+        "",
+        f"A product of two 4096 x 4096 matrices in bfloat16 reaches {product / 1e12:.3g} TFLOP/s. "
+        "Of that, fast steps of MEMO reach "
+        + ", ".join(f"{share:.0%} at experience {n}" for n, share in shares.items())
+        + f". A copy moves {copy / 1e9:.3g} GB/s; the fast loader writes its float32 batches at "
+        f"{written / copy:.0%} of that.",
     ]
     print("\n".join(notes))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         table = "\n".join([head, *map(row_text, rows), *notes]) + "\n"
         (options.out / "benchmark.md").write_text(table)
-        content = {"machine": machine, "rows": rows, "added_ms_per_frozen_block": added}
+        content = {
+            "machine": machine,
+            "rows": rows,
+            "added_ms_per_frozen_block": added,
+            "bf16_product_flops_per_s": product,
+            "copy_bytes_per_s": copy,
+            "share_of_product_by_experience": shares,
+        }
         (options.out / "benchmark.json").write_text(json.dumps(content) + "\n")
 
 

@@ -15,7 +15,13 @@ import torch
 from avalanche.models import DynamicModule
 from torch import Tensor, nn
 
-from avalanche_memo.models.fast_path import FastPath, fold_batch_norm, has_bfloat16
+from avalanche_memo.models.fast_path import (
+    FastPath,
+    compiled_last_map,
+    fold_batch_norm,
+    has_bfloat16,
+    last_map,
+)
 from avalanche_memo.models.heads import GrowingClassifier, GrowingLinear
 from avalanche_memo.models.pruning import (
     MaskedLayer,
@@ -123,6 +129,8 @@ class ExpandableNetwork(DynamicModule):
         self._evaluation_width = 0
         self.outputs: NetworkOutputs | None = None
         self.fast = FastPath.of(False)
+        self.compiled_batch: int | None = None
+        """The size of the training batches that frozen blocks are compiled for, if they are."""
         # A plain list: the folded copies are no part of the model's state, nor of its bytes.
         self._folded: list[nn.Module] = []
 
@@ -341,12 +349,26 @@ class ExpandableNetwork(DynamicModule):
         """Return the last maps of the older blocks, oldest first."""
         if not self.fast.fold_frozen:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-                return [_run(block, x)[-1] for block in self.specialized[:-1]]
+                return [last_map(block, x) for block in self.specialized[:-1]]
         dtype = torch.bfloat16 if low else torch.float32
         for block in self.specialized[len(self._folded) : -1]:
             self._folded.append(fold_batch_norm(block, dtype))
         x = x.to(dtype)
-        return [_run(block, x)[-1] for block in self._folded]
+        if self.training and len(x) == self.compiled_batch and self._folded:
+            try:
+                return self._compiled_maps(x)
+            except Exception as error:
+                if self.fast.compile_frozen is True:
+                    raise
+                log.warning("torch.compile failed, frozen blocks run as they are: %s", error)
+                self.compiled_batch = None
+        return [last_map(block, x) for block in self._folded]
+
+    def _compiled_maps(self, x: Tensor) -> list[Tensor]:
+        if x.is_cuda:
+            # Else each block would reuse the memory of the last one's output.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return [compiled_last_map(x.device.type)(block, x) for block in self._folded]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpandableNetwork":
         self._folded = []  # The model moves to another device or type.

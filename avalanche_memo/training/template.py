@@ -255,6 +255,10 @@ class IncrementalTemplate(SupervisedTemplate):
             raise ValueError(f"experience: expected data to train on, experience {number} has none")
         # PeriodicEval reads the number of epochs here to decide whether to evaluate at the end.
         self.train_epochs = sum(phase.epochs for phase in self._phases)
+        if isinstance(self.model, ExpandableNetwork):
+            steps = self.train_epochs * len(self.experience.dataset) // self.train_mb_size
+            compiles = self.model.fast.compiles(self.device, steps)
+            self.model.compiled_batch = self.train_mb_size if compiles else None
         super()._before_training_exp(**kwargs)
 
     @property

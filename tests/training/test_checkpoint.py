@@ -17,6 +17,7 @@ from avalanche_memo.models import (
     BiasCorrectedLinear,
     CosineClassifier,
     ExpandableNetwork,
+    FastPath,
     GrowingLinear,
     ProxyCosineClassifier,
 )
@@ -39,6 +40,7 @@ from tests.helpers import (
     ORDER,
     assert_same_tensors,
     make_benchmark,
+    needs_compiler,
     silent,
     tensors_of,
     tiny_backbone,
@@ -110,7 +112,7 @@ class Interrupt(SupervisedPlugin):
             raise StoppedError
 
 
-def make(path: Path, *plugins: Any, method: str = "DER", seed: int = 0, fast: bool = False) -> Any:
+def make(path: Path, *plugins: Any, method: str = "DER", seed: int = 0, fast: Any = False) -> Any:
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
@@ -175,9 +177,9 @@ def assert_same_outcome(ours: dict[str, Any], others: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def whole_runs(tmp_path_factory) -> Any:
     """What an uninterrupted run ends with, by method and path."""
-    known: dict[tuple[str, bool], dict[str, Any]] = {}
+    known: dict[tuple[str, Any], dict[str, Any]] = {}
 
-    def run(method: str = "DER", fast: bool = False) -> dict[str, Any]:
+    def run(method: str = "DER", fast: Any = False) -> dict[str, Any]:
         if (method, fast) not in known:
             path = tmp_path_factory.mktemp("whole") / "run.pt"
             strategy = make(path, method=method, fast=fast)
@@ -204,6 +206,19 @@ def test_goes_on_from_any_epoch(epoch, fast, tmp_path, whole_runs):
     strategy = resume(path, fast=fast)
     go_on(strategy, make_benchmark().train_stream)
     assert_same_outcome(outcome(strategy), whole_runs(fast=fast))
+
+
+@needs_compiler
+def test_goes_on_where_blocks_are_compiled(tmp_path, whole_runs):
+    options = {"method": "MEMO", "fast": FastPath(compile_frozen=True)}
+    whole = whole_runs(**options)
+    path = tmp_path / "run.pt"
+    interrupted(path, "before_training_epoch", 8, **options)
+    torch.compiler.reset()
+    strategy = resume(path, **options)
+    go_on(strategy, make_benchmark().train_stream)
+    assert strategy.model.compiled_batch == 6
+    assert_same_outcome(outcome(strategy), whole)
 
 
 @pytest.mark.parametrize("method", ["MEMO", "Replay", "Joint"])
