@@ -34,7 +34,8 @@ class FastPath:
     :param compile_frozen: run these copies, on training batches of full size, as one graph of
         ``torch.compile`` that all of them share; as a CUDA graph on a GPU. ``"auto"`` does so on a
         GPU in experiences of at least 2000 steps: a CPU without AMX gained nothing by it. In a
-        strategy of this package alone, which knows the length of the training.
+        strategy of this package alone, which knows the length of the training; not for pruned
+        blocks, which differ in structure. It has not run on a GPU yet.
     :raises ValueError: if ``compile_frozen`` is something else.
     """
 

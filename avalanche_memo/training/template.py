@@ -257,7 +257,8 @@ class IncrementalTemplate(SupervisedTemplate):
         self.train_epochs = sum(phase.epochs for phase in self._phases)
         if isinstance(self.model, ExpandableNetwork):
             steps = self.train_epochs * len(self.experience.dataset) // self.train_mb_size
-            compiles = self.model.fast.compiles(self.device, steps)
+            # Pruned blocks differ in structure: each would be compiled for itself.
+            compiles = not self.model.masked and self.model.fast.compiles(self.device, steps)
             self.model.compiled_batch = self.train_mb_size if compiles else None
         super()._before_training_exp(**kwargs)
 
