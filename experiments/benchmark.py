@@ -9,9 +9,11 @@ Leave the machine alone meanwhile: a second process on the same cores distorts e
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import re
 import statistics
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -88,9 +90,9 @@ class Stopwatch(SupervisedPlugin):
         return np.diff(self.ends)[warmup:].tolist()
 
 
-def benchmark_of(n_images: int, classes: int) -> Any:
-    """Return an experience of random images of some classes, in an Avalanche benchmark."""
-    images = Images(n_images, classes)
+def benchmark_of(n_images: int, classes: int, experiences: int = 1) -> Any:
+    """Return experiences of random images of some classes each, in an Avalanche benchmark."""
+    images = Images(n_images * experiences, classes * experiences)
     return split_classes(
         images,
         images,
@@ -182,6 +184,29 @@ def _peak_memory(experiences: int, fast: FastPath, device: str) -> float:
     # Unlike getrusage's, this peak does not include the parent's at the time of the fork.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
+
+
+def start_ups(fast: FastPath, device: str) -> list[float]:
+    """Return the seconds before MEMO's steps at experience 2, its first frozen block's, and at 3.
+
+    From the call of ``train`` to the end of the first step, less the length of a usual step, in a
+    new process that finds nothing compiled.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_start_ups, (fast, device))
+
+
+def _start_ups(fast: FastPath, device: str) -> list[float]:
+    strategy, stopwatch = strategy_at("MEMO", 1, fast, device)
+    waited = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for experience in benchmark_of(5 * BATCH, 10, experiences=3).train_stream:
+            stopwatch.ends = [time.perf_counter()]
+            strategy.train(experience)
+            first, *others = np.diff(stopwatch.ends)
+            waited.append(float(first - statistics.median(others)))
+    return waited[1:]
 
 
 def training_flops(experiences: int) -> int:
@@ -335,6 +360,14 @@ def main() -> None:
     rows = measure(options.device, options.rounds, options.steps)
     medians = {(row["what"], row["side"]): row["median"] for row in rows}
     added = {side: 1e3 * value for side, value in growth(medians).items()}
+    started = {
+        side: [
+            start_ups(FastPath(compile_frozen=compiled), options.device)
+            for _ in range(options.rounds)
+        ]
+        for side, compiled in (("fast", False), ("compiled", True))
+    }
+    start_up = {side: np.median(turns, axis=0).tolist() for side, turns in started.items()}
     product, copy = ceilings(options.device)
     shares = {
         n: training_flops(n) / medians[f"MEMO training step, experience {n}", "fast"] / product
@@ -349,6 +382,14 @@ def main() -> None:
         "",
         "One more frozen block adds to a step of MEMO: "
         + "; ".join(f"{side} {value:.1f} ms" for side, value in added.items())
+        + ".",
+        "",
+        "Before the first step at experience 2, the first with a frozen block, pass "
+        + " and at experience 3 ".join(
+            f"{start_up['fast'][i]:.2g} s ({start_up['compiled'][i]:.2g} s with frozen blocks "
+            "compiled)"
+            for i in (0, 1)
+        )
         + ".",
         "",
         f"A product of two 4096 x 4096 matrices in bfloat16 reaches {product / 1e12:.3g} TFLOP/s. "
@@ -366,6 +407,7 @@ def main() -> None:
             "machine": machine,
             "rows": rows,
             "added_ms_per_frozen_block": added,
+            "start_up_s_at_experiences_2_and_3": start_up,
             "bf16_product_flops_per_s": product,
             "copy_bytes_per_s": copy,
             "share_of_product_by_experience": shares,
