@@ -351,8 +351,8 @@ def main() -> None:
     """Measure, print the table and write it."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for benchmark.json and benchmark.md")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--steps", type=int, default=8, help="steps per turn")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=5, help="steps per turn")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
@@ -361,10 +361,7 @@ def main() -> None:
     medians = {(row["what"], row["side"]): row["median"] for row in rows}
     added = {side: 1e3 * value for side, value in growth(medians).items()}
     started = {
-        side: [
-            start_ups(FastPath(compile_frozen=compiled), options.device)
-            for _ in range(options.rounds)
-        ]
+        side: [start_ups(FastPath(compile_frozen=compiled), options.device) for _ in range(3)]
         for side, compiled in (("fast", False), ("compiled", True))
     }
     start_up = {side: np.median(turns, axis=0).tolist() for side, turns in started.items()}
