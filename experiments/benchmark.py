@@ -171,13 +171,14 @@ def herding(fast: bool, n: int, dim: int, m: int) -> list[float]:
     return [seconds(lambda: rank(None, features))]
 
 
-def peak_memory(experiences: int, fast: FastPath, device: str) -> list[float]:
-    """Return the peak memory, in MB, of a process that trains a few steps."""
+def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return [pool.apply(_peak_memory, (experiences, fast, device))]
+        return pool.apply(work, arguments)
 
 
-def _peak_memory(experiences: int, fast: FastPath, device: str) -> float:
+def peak_memory(experiences: int, fast: FastPath, device: str) -> float:
+    """Return the peak memory, in MB, of this process, which has only to train a few steps."""
     training_steps("MEMO", experiences, fast, device, steps=3)
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -189,14 +190,9 @@ def _peak_memory(experiences: int, fast: FastPath, device: str) -> float:
 def start_ups(fast: FastPath, device: str) -> list[float]:
     """Return the seconds before MEMO's steps at experience 2, its first frozen block's, and at 3.
 
-    From the call of ``train`` to the end of the first step, less the length of a usual step, in a
-    new process that finds nothing compiled.
+    From the call of ``train`` to the end of the first step, less the length of a usual step, in
+    this process, which must have compiled nothing yet.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_start_ups, (fast, device))
-
-
-def _start_ups(fast: FastPath, device: str) -> list[float]:
     strategy, stopwatch = strategy_at("MEMO", 1, fast, device)
     waited = []
     with tempfile.TemporaryDirectory() as cache:
@@ -321,7 +317,7 @@ def measure(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
         "peak memory, MEMO, experience 10",
         "MB",
         {
-            side: lambda fast=PARTS[side]: peak_memory(10, fast, device)
+            side: lambda fast=PARTS[side]: [in_new_process(peak_memory, 10, fast, device)]
             for side in ("plain", "fast")
         },
     )
@@ -361,8 +357,11 @@ def main() -> None:
     medians = {(row["what"], row["side"]): row["median"] for row in rows}
     added = {side: 1e3 * value for side, value in growth(medians).items()}
     started = {
-        side: [start_ups(FastPath(compile_frozen=compiled), options.device) for _ in range(3)]
-        for side, compiled in (("fast", False), ("compiled", True))
+        side: [in_new_process(start_ups, fast, options.device) for _ in range(3)]
+        for side, fast in (
+            ("fast", FastPath(compile_frozen=False)),
+            ("compiled", FastPath(compile_frozen=True)),
+        )
     }
     start_up = {side: np.median(turns, axis=0).tolist() for side, turns in started.items()}
     product, copy = ceilings(options.device)
