@@ -27,6 +27,7 @@ __all__ = [
     "memory_curves",
     "new_figure",
     "protocol_title",
+    "published_curves",
     "save_figure",
 ]
 
@@ -145,6 +146,40 @@ def accuracy_curves(
                     axes.fill_between(group.seen, mean - deviation, mean + deviation, **band)
         _label_accuracy(axes)
         axes.set_xticks(groups[0].seen if len(groups[0].seen) <= 12 else groups[0].seen[::5])
+    _finish(figure)
+    return figure
+
+
+def published_curves(
+    title: str, rows: Sequence[tuple[str, str, "Group", Sequence[float] | None]]
+) -> Figure:
+    """Draw accuracy against classes seen, ours beside the published, a panel per readout.
+
+    :param title: of the figure.
+    :param rows: for each curve its name, its readout, our runs (a bar is a standard deviation), and
+        the published accuracies in percent, as far as there are any.
+    """
+    drawn = {readout for _, readout, _, _ in rows}
+    readouts = [readout for readout in _READOUTS if readout in drawn]
+    figure = new_figure(5.2 * len(readouts), 4.8, title)
+    panels = dict(zip(readouts, _panels(figure, 1, readouts)[0], strict=True))
+    styles = _styles(list(dict.fromkeys(name for name, _, _, _ in rows)))
+    for axes in panels.values():
+        _label_accuracy(axes)
+        axes.set_ylim(auto=True)
+    for name, readout, group, published in rows:
+        axes, spreads = panels[readout], group.accuracies(readout)
+        axes.errorbar(
+            group.seen,
+            [spread.mean for spread in spreads],
+            [spread.deviation for spread in spreads] if len(group.results) > 1 else None,
+            **styles[name],
+            capsize=3,
+            label=name,
+        )
+        if published is not None:
+            hollow = {"linestyle": "--", "markerfacecolor": "white"}
+            axes.plot(group.seen, published, **styles[name], **hollow, label=f"{name}, published")
     _finish(figure)
     return figure
 

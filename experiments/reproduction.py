@@ -1,19 +1,22 @@
 """Published figures beside ours: a page from a list of them and the run folders beside it.
 
-``python -m experiments.reproduction experiments/results/published.yaml`` writes REPRODUCTION.md
-beside the list, which is YAML::
+``python -m experiments.reproduction experiments/results/published.yaml`` writes REPRODUCTION.md and
+its figures beside the list, which is YAML::
 
     title: Published figures beside ours
     text: what holds for all sections, in Markdown
     sections:
       - title: MEMO
         text: in Markdown
+        figure: memo.png
         rows:
           - name: ResNet-32, 3312 exemplars
             source: the paper, figure 5
             published: {average: 72.1, last: 62.1, accuracy: [...]}   # in %; each may be left out
             readout: cnn
             runs: [memo_seed1, memo_seed2]  # folders that differ in the seed alone
+
+Rows of one name are one method's readouts.
 """
 
 import argparse
@@ -24,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
 from experiments.comparison import Group, Spread, check_distinct, group, read
-from experiments.figures import markdown
+from experiments.figures import markdown, published_curves, save_figure
 
 __all__ = ["main", "page"]
 
+_SECTION = {"title", "text", "figure", "rows"}
 _ROW = {"name", "source", "published", "readout", "runs"}
 _PUBLISHED = ("average", "last", "accuracy")
 
@@ -105,20 +110,24 @@ class _Row:
         ]
 
 
-def page(path: Path) -> str:
-    """Return the page of a list of published figures.
+def page(path: Path) -> tuple[str, dict[str, Figure]]:
+    """Return the page of a list of published figures, and what it shows by file name.
 
     :param path: the list; run folders are named relative to its own.
     :raises ValueError: if an entry is not as expected, or a run is not finished.
     """
     content = yaml.safe_load(path.read_text())
     _keys(f"{path}", content, {"title", "text", "sections"})
-    parts = [f"# {content['title']}", content["text"]]
+    parts, figures = [f"# {content['title']}", content["text"]], {}
     for section in content["sections"]:
-        _keys("sections", section, {"title", "text", "rows"})
+        _keys("sections", section, _SECTION)
+        title, file = section["title"], section["figure"]
         rows = [_Row.of(row, path.parent) for row in section["rows"]]
-        parts += [f"## {section['title']}", section["text"], *_tables(rows)]
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+        parts += [f"## {title}", section["text"], *_tables(rows)]
+        parts.append(f"![{title}: accuracy over classes seen]({file})")
+        curves = [(row.name, row.readout, row.own, row.published.get("accuracy")) for row in rows]
+        figures[file] = published_curves(title, curves)
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n", figures
 
 
 def _keys(place: str, content: Any, expected: set[str]) -> None:
@@ -157,11 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("list", type=Path, help="the published figures (YAML)")
     path = parser.parse_args(arguments).list
     try:
-        text = page(path)
+        text, figures = page(path)
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
     out = path.with_name("REPRODUCTION.md")
     out.write_text(text)
+    for file, figure in figures.items():
+        save_figure(figure, path.parent / file)
     print(out)
 
 

@@ -21,7 +21,7 @@ def content(tmp_path):
         "readout": "cnn",
         "runs": ["seed1", "seed2"],
     }
-    sections = [{"title": "One class each", "text": "Text.", "rows": [row]}]
+    sections = [{"title": "One class each", "text": "Text.", "figure": "memo.png", "rows": [row]}]
     return {"title": "Figures", "text": "Intro.", "sections": sections}
 
 
@@ -49,9 +49,24 @@ def test_published_figures_stand_beside_ours(tmp_path, content):
     assert run[5] == f"`--config {tmp_path / 'seed1' / 'config.yaml'}`"
 
 
+def test_the_figure_has_published_curves_beside_ours(tmp_path, content):
+    text, figures = page(written(tmp_path, content))
+    assert text.endswith("![One class each: accuracy over classes seen](memo.png)\n")
+    (axes,) = figures["memo.png"].axes
+    ours, published = (
+        line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() != "None"
+    )
+    assert list(ours.get_ydata()) == pytest.approx([100, 65])
+    assert list(published.get_ydata()) == [99, 66.5]
+    labels = {entry.get_text() for entry in figures["memo.png"].legends[0].get_texts()}
+    assert labels == {"MEMO", "MEMO, published"}
+    main([str(tmp_path / "published.yaml")])
+    assert (tmp_path / "memo.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_was_not_published_is_left_empty(tmp_path, content):
     content["sections"][0]["rows"][0]["published"] = {"last": 60}
-    accuracy, ours, _ = cells(page(written(tmp_path, content)), "MEMO")
+    accuracy, ours, _ = cells(page(written(tmp_path, content))[0], "MEMO")
     assert accuracy[3:] == ["", "82.50 ± 10.61", "", "60.00", "65.00 ± 21.21", "+5.00"]
     assert ours[2] == "ours"
 
@@ -59,7 +74,7 @@ def test_what_was_not_published_is_left_empty(tmp_path, content):
 def test_a_folder_of_runs_has_their_own_configurations(tmp_path, content):
     make_run(tmp_path / "both" / "one", replace(PLAIN, seed=3))
     content["sections"][0]["rows"][0]["runs"] = ["both"]
-    *_, run = cells(page(written(tmp_path, content)), "MEMO")
+    *_, run = cells(page(written(tmp_path, content))[0], "MEMO")
     assert run[5] == f"`--config {tmp_path / 'both' / 'one' / 'config.yaml'}`"
 
 
@@ -69,7 +84,7 @@ def test_a_folder_of_runs_has_their_own_configurations(tmp_path, content):
         ("a: [", "while parsing a flow node"),
         ("[]", "published.yaml: expected sections, text, title, differs in"),
         ("{title: a, text: b}", "published.yaml: expected .*differs in {'sections'}"),
-        ("{title: a, text: b, sections: [{title: c, rows: []}]}", "sections: .*in {'text'}"),
+        ("{title: a, text: b, sections: [{title: c, figure: d, rows: []}]}", ".*in {'text'}"),
     ],
 )
 def test_a_damaged_list_is_refused(tmp_path, capsys, text, message):
@@ -105,4 +120,4 @@ def test_what_is_refused(tmp_path, content, capsys, change, message):
 def test_the_shipped_page_is_what_its_list_gives(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     results = Path("experiments/results")
-    assert (results / "REPRODUCTION.md").read_text() == page(results / "published.yaml")
+    assert (results / "REPRODUCTION.md").read_text() == page(results / "published.yaml")[0]
