@@ -12,11 +12,10 @@ class ProgressBar(SupervisedPlugin):
     """Shows the images trained on of all that the run will train on.
 
     :param title: what is trained.
-    :param sizes: of each experience, images of an epoch on all data, exemplars included, and on as
-        many of each class.
+    :param sizes: of each experience, an epoch's images by :attr:`Phase.data`.
     """
 
-    def __init__(self, title: str, sizes: list[tuple[int, int]]) -> None:
+    def __init__(self, title: str, sizes: list[dict[str, int]]) -> None:
         super().__init__()
         self.title = title
         self.sizes = sizes
@@ -28,7 +27,7 @@ class ProgressBar(SupervisedPlugin):
         if self.bar is None:
             images = [
                 [
-                    min(size[phase.data != "all"], phase.images or size[0])
+                    min(size[phase.data], phase.images or size[phase.data])
                     for phase in (strategy.later_phases if i else strategy.first_phases)
                     for _ in range(phase.epochs)
                 ]

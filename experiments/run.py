@@ -152,10 +152,10 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
             *(folder, checkpoint.extra["threads"], threads),
         )
 
-    progress = ProgressBar(config.method, _images_per_epoch(config, train))
+    rates = _memory_rates(config, train)
+    progress = ProgressBar(config.method, _images_per_epoch(config, train, rates))
     stopwatch = _Stopwatch(checkpoint.extra)
     logger = TensorboardLogger(str(folder / "tensorboard"))
-    rates = _memory_rates(config, train)
     plugins = [progress, stopwatch, *([KeptModels(folder)] if config.keep_models else [])]
     strategy, accuracy = _strategy(config, rates, checkpoint, plugins, logger)
     if state is not None:
@@ -247,27 +247,32 @@ class _Stopwatch(SupervisedPlugin):
         self.extra["elapsed"] = self.read()
 
 
-def _images_per_epoch(config: Config, stream: Any) -> list[tuple[int, int]]:
+def _images_per_epoch(
+    config: Config, stream: Any, rates: MemoryRates | None
+) -> list[dict[str, int]]:
     """Return, for the progress bar, about how many images each experience's epochs have.
 
-    :return: of an epoch on all data, and on as many images of each class.
+    :return: by what a phase's data are.
     """
-    sizes, seen, fit = [], 0, 1.0
+    fit = 1.0
     data = stream[0].dataset
     if config.compression is not None:
         quality = 75 if config.compression.quality == "auto" else config.compression.quality
         some = range(min(20, len(data)))
         files = [config.compression.encode(original_image(data, i), quality) for i in some]
         fit = len(some) * image_bytes(tuple(data.eval()[0][0].shape)) / sum(map(len, files))
-    for experience in stream:
-        quota = config.exemplars_per_class or config.mem_size // max(1, seen)
-        per_class = len(experience.dataset) // len(experience.classes_in_this_experience)
+    per_class = len(data) // len(stream[0].classes_in_this_experience)
+    sizes, seen, held = [], 0, per_class
+    for index, experience in enumerate(stream):
+        new = len(experience.classes_in_this_experience)
+        size = {"all": len(experience.dataset) + held * seen, "balanced": held * (seen + new)}
+        seen += new
+        quota = config.exemplars_per_class or config.mem_size // seen
+        quota += 0 if rates is None else rates.extra(index) // seen
         held = {"finetune": 0, "joint": per_class}.get(
             config.method, min(int(fit * quota), per_class)
         )
-        everything = len(experience.dataset) + held * seen
-        seen += len(experience.classes_in_this_experience)
-        sizes.append((everything, held * seen))
+        sizes.append(size | {"exemplars": held * seen})
     return sizes
 
 

@@ -32,6 +32,7 @@ from avalanche_memo.training.plugins import SoftmaxDistillationPlugin
 from experiments import run as module
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
+from experiments.progress import ProgressBar
 from experiments.run import check, data_digest, main, make_network, run
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
@@ -464,6 +465,17 @@ def test_podnet_and_its_variants_are_configurations(tmp_path):
     train = split_digits(increment=2, classes=6).train_stream
     more = int(0.1 * 2 * (len(train[0].dataset) // 2))
     assert results["bytes"][-1]["exemplar_bytes"] == (200 + more) // 6 * 6 * 64
+
+
+def test_the_progress_bar_expects_what_a_memory_holds_beyond_its_size(tmp_path, monkeypatch):
+    ends, close = [], ProgressBar.close
+    monkeypatch.setattr(
+        ProgressBar, "close", lambda self: (ends.append((self.bar.n, self.bar.total)), close(self))
+    )
+    memory = ["--exemplars_per_class=5", "--memory_rates=[0.5,0.5,0.5]"]
+    run(parse([*SHORT, *PODNET, *memory, "--run_folder", str(tmp_path / "podnet")]))
+    [(done, expected)] = ends
+    assert expected == pytest.approx(done, rel=0.05)
 
 
 def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch):
