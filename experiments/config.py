@@ -26,6 +26,7 @@ _LATER_ONLY = (
     *("later", "mem_size", "exemplars_per_class", "memory_rates", "spend_remainder"),
     *("auxiliary_weight", "train_generalized", "gradient_through_frozen"),
     *("pod_weight", "flat_weight", "pooling", "flat_distillation", "kd_weight", "kd_temperature"),
+    "kd_adaptive",
     *("less_forget_weight", "ranking_weight"),
 )
 
@@ -74,6 +75,8 @@ class Config:
     :param kd_weight: weight of the distillation of predictions (PODNet, iCaRL, WA, BiC); the
         method's own where it is not given.
     :param kd_temperature: its temperature; likewise.
+    :param kd_adaptive: whether its weight grows with the classes, as the other distillations' do
+        (PODNet).
     :param less_forget_weight: weight of the less-forget constraint (UCIR).
     :param ranking_weight: weight of the margin ranking loss (UCIR).
     :param batch_size: images per training step.
@@ -123,6 +126,7 @@ class Config:
     flat_distillation: Literal["pod", "kd", "both"] = "pod"
     kd_weight: float | None = None
     kd_temperature: float | None = None
+    kd_adaptive: bool = False
     less_forget_weight: float = 5.0
     ranking_weight: float = 1.0
     batch_size: int = 64

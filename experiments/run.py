@@ -418,6 +418,7 @@ def _strategy(
         "flat_weight": config.flat_weight,
         "pooling": config.pooling,
         "flat_distillation": config.flat_distillation,
+        "kd_adaptive": config.kd_adaptive,
     }
     kd = {"kd_weight": config.kd_weight, "temperature": config.kd_temperature}
     distillation = {name: value for name, value in kd.items() if value is not None}

@@ -65,6 +65,8 @@ class PODNet(ReplayTemplate):
         place, or ``"both"``.
     :param kd_weight: of softmax distillation.
     :param temperature: of softmax distillation.
+    :param kd_adaptive: whether its weight is multiplied by ``sqrt(classes seen / new classes)``, as
+        those of POD are.
     :param gradient_limit: what gradient values are clamped at.
     :param base_kwargs: the arguments of :class:`ReplayTemplate`. Without ``later_phases``,
         ``train_epochs`` epochs are followed by :data:`PODNET_BALANCED`.
@@ -87,6 +89,7 @@ class PODNet(ReplayTemplate):
         flat_distillation: Literal["pod", "kd", "both"] = "pod",
         kd_weight: float = 0.9,
         temperature: float = 10.0,
+        kd_adaptive: bool = False,
         gradient_limit: float = 5.0,
         **base_kwargs: Any,
     ) -> None:
@@ -102,7 +105,11 @@ class PODNet(ReplayTemplate):
             PODDistillationPlugin(pod_weight, flat_weight, pooling=pooling, teacher=teacher)
         ]
         if flat_distillation != "pod":
-            losses.append(SoftmaxDistillationPlugin(kd_weight, temperature, teacher=teacher))
+            losses.append(
+                SoftmaxDistillationPlugin(
+                    kd_weight, temperature, adaptive=kd_adaptive, teacher=teacher
+                )
+            )
         if base_kwargs.get("later_phases") is None:
             training = Phase(base_kwargs.get("train_epochs", 1))
             base_kwargs["later_phases"] = (training, PODNET_BALANCED)

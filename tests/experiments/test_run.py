@@ -607,6 +607,7 @@ def test_distillation_is_the_methods_own_unless_given(
                 "flat_weight": 0.25,
                 "pooling": "gap",
                 "flat_distillation": "both",
+                "kd_adaptive": True,
             },
         ),
         ("UCIR", {"less_forget_weight": 7.0, "ranking_weight": 0.5}),

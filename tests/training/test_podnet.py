@@ -44,13 +44,12 @@ def parts(strategy) -> list[str]:
     ("form", "flat_weight", "kd"), [("pod", 0.7, False), ("kd", 0.0, True), ("both", 0.7, True)]
 )
 def test_flat_distillation_is_of_features_or_predictions_or_both(form, flat_weight, kd):
-    strategy = make(
-        PODNet, flat_distillation=form, flat_weight=0.7, pod_weight=4, kd_weight=0.2, temperature=3
-    )
+    softened = {"kd_weight": 0.2, "temperature": 3, "kd_adaptive": kd}
+    strategy = make(PODNet, flat_distillation=form, flat_weight=0.7, pod_weight=4, **softened)
     (pod,) = [p for p in strategy.plugins if isinstance(p, PODDistillationPlugin)]
     softmax = [p for p in strategy.plugins if isinstance(p, SoftmaxDistillationPlugin)]
     assert (pod.weight, pod.flat_weight) == (4, flat_weight)
-    assert [(p.weight, p.temperature) for p in softmax] == [(0.2, 3)] * kd
+    assert [(p.weight, p.temperature, p.adaptive) for p in softmax] == [(0.2, 3, True)] * kd
     assert all(p.teacher is pod.teacher for p in softmax)
 
 
