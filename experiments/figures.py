@@ -14,7 +14,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from experiments.comparison import Group
+    from experiments.comparison import Group, Spread
 
 __all__ = [
     "METHOD_NAMES",
@@ -168,15 +168,8 @@ def published_curves(
         _label_accuracy(axes)
         axes.set_ylim(auto=True)
     for name, readout, group, published in rows:
-        axes, spreads = panels[readout], group.accuracies(readout)
-        axes.errorbar(
-            group.seen,
-            [spread.mean for spread in spreads],
-            [spread.deviation for spread in spreads] if len(group.results) > 1 else None,
-            **styles[name],
-            capsize=3,
-            label=name,
-        )
+        axes = panels[readout]
+        _with_bars(axes, group.seen, group.accuracies(readout), **styles[name], label=name)
         if published is not None:
             hollow = {"linestyle": "--", "markerfacecolor": "white"}
             axes.plot(group.seen, published, **styles[name], **hollow, label=f"{name}, published")
@@ -196,14 +189,8 @@ def memory_curves(title: str, curves: Mapping[str, Sequence["Group"]]) -> Figure
                 measured = [group for group in points if readout in group.readouts]
                 spreads = [group.percent(readout, measure) for group in measured]
                 if measured:
-                    axes.errorbar(
-                        [group.budget for group in measured],
-                        [spread.mean for spread in spreads],
-                        [spread.deviation or 0 for spread in spreads],
-                        **styles[name],
-                        capsize=3,
-                        label=name,
-                    )
+                    places = [group.budget for group in measured]
+                    _with_bars(axes, places, spreads, **styles[name], label=name)
             axes.set_xlabel("budget: model and exemplars (MB)")
             axes.set_ylabel(f"{measures[measure]} accuracy (%)")
             axes.grid(alpha=0.3)
@@ -278,6 +265,15 @@ def confusion_matrices(group: "Group") -> Figure:
     figure.colorbar(image, ax=panels, label="% of the class's samples", **scale)
     _finish(figure)
     return figure
+
+
+def _with_bars(
+    axes: Axes, places: Sequence[float], spreads: Sequence["Spread"], **style: Any
+) -> None:
+    """Draw means, with their standard deviations as bars where there is any."""
+    bars = [spread.deviation or 0 for spread in spreads]
+    means = [spread.mean for spread in spreads]
+    axes.errorbar(places, means, bars if any(bars) else None, **style, capsize=3)
 
 
 def _readouts(groups: Sequence["Group"]) -> list[str]:

@@ -84,7 +84,10 @@ def test_a_folder_of_runs_has_their_own_configurations(tmp_path, content):
         ("a: [", "while parsing a flow node"),
         ("[]", "published.yaml: expected sections, text, title, differs in"),
         ("{title: a, text: b}", "published.yaml: expected .*differs in {'sections'}"),
-        ("{title: a, text: b, sections: [{title: c, figure: d, rows: []}]}", ".*in {'text'}"),
+        (
+            "{title: a, text: b, sections: [{title: c, figure: d, rows: []}]}",
+            "sections: .*in {'text'}",
+        ),
     ],
 )
 def test_a_damaged_list_is_refused(tmp_path, capsys, text, message):
