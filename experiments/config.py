@@ -2,12 +2,13 @@
 
 import argparse
 import difflib
+import hashlib
 import json
 import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ class Config:
     :param classes: learn only the first so many classes of the order.
     :param samples_per_class: use only so many images of each class (CIFAR-100).
     :param image_size: side of the images, in pixels (image_folder).
-    :param class_order_seed: seed of the class order; the papers' is 1993.
+    :param class_order_seed: seed of the class order; MEMO's and PyCIL's is 1993.
     :param backbone: resnet8 to resnet110 (CIFAR's), four_stage_resnet, convnet2,
         imagenet_resnet10 to imagenet_resnet50 (for small images imagenet_resnet18_cifar_stem and
         so on), or convnet4.
@@ -60,8 +61,8 @@ class Config:
         increment's images; default takes the documented list for the number of steps.
     :param spend_remainder: whether the first classes hold one exemplar more each, so that none of
         the memory is left.
-    :param compression: how exemplars are kept (codec, quality, new_images, max_distance); as raw
-        pixels where it is not given.
+    :param compression: how exemplars are kept (codec, quality, new_images, max_distance,
+        short_side); as raw pixels where it is not given.
     :param auxiliary_weight: weight of the auxiliary loss (MEMO, DER).
     :param sparsity_weight: weight of the sparsity loss; 0 is without masks and pruning (MEMO, DER).
     :param mask_s_max: scale of the masks at an epoch's end (MEMO, DER).
@@ -91,7 +92,7 @@ class Config:
     :param keep_models: whether the model is kept after the first and the last epoch of each
         experience, for ``python -m experiments.analysis``.
     :param start_from: the folder of a run whose first experience is the same, to begin after it.
-    :param run_folder: where results go; named after the run where it is not given.
+    :param run_folder: where results go; named after the configuration where it is not given.
     """
 
     method: Method = "memo"
@@ -167,7 +168,9 @@ class Config:
         if self.run_folder is not None:
             return Path(self.run_folder)
         protocol = f"{self.benchmark}-b{self.base}-inc{self.increment}"
-        return Path("runs") / f"{protocol}-{self.method}-{self.backbone}-seed{self.seed}"
+        # What the name does not say: runs that differ in the seed alone have it in common.
+        others = hashlib.sha256(replace(self, seed=0).fingerprint().encode()).hexdigest()[:6]
+        return Path("runs") / f"{protocol}-{self.method}-{self.backbone}-{others}-seed{self.seed}"
 
     def identity(self) -> dict[str, Any]:
         """Return what makes two runs the same run, as plain data."""

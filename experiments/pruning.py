@@ -37,9 +37,16 @@ def report(folders: Sequence[Path], device: str, rounds: int) -> list[dict[str, 
     :param folders: run folders with at least one finished experience each.
     :param device: where latency is measured.
     :param rounds: measurements of each latency.
-    :raises ValueError: if a folder holds no run, or one of a network that does not expand.
+    :raises ValueError: if a folder holds no run, or one of a network that does not expand, or runs
+        have finished different numbers of experiences.
     """
     runs = [_read(folder) for folder in folders]
+    done = [len(results["classes"]) for _, results, _ in runs]
+    if len(set(done)) > 1:
+        raise ValueError(
+            "folders: expected runs that have finished equally many experiences, got "
+            + ", ".join(f"{n} in {folder}" for n, folder in zip(done, folders, strict=True))
+        )
     reports: list[dict[str, Any]] = []
     for folder, (config, results, structure) in zip(folders, runs, strict=True):
         each = {
@@ -53,11 +60,9 @@ def report(folders: Sequence[Path], device: str, rounds: int) -> list[dict[str, 
         }
         reports.append(each)
     images = torch.randn(max(BATCHES), *_image_shape(runs[0][0]), device=device)
-    for n in range(1, max(len(results["classes"]) for _, results, _ in runs) + 1):
+    for n in range(1, done[0] + 1):
         networks: dict[tuple[int, str], ExpandableNetwork] = {}
-        for i, (config, results, structure) in enumerate(runs):
-            if n > len(results["classes"]):
-                continue
+        for i, (config, _, structure) in enumerate(runs):
             sides = {"unpruned": replace(config, sparsity_weight=0.0)}
             if config.sparsity_weight:
                 sides = {"pruned": config, **sides}

@@ -20,6 +20,7 @@ Rows of one name are one method's readouts.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class _Row:
             ", ".join(str(seed) for (seed,) in self.own.seeds),
             minutes.text(0),
             f"{environment['device']}, threads: {environment['threads']}",
-            f"`--config {self.folders[0] / 'config.yaml'}`",
+            f"`--config {os.path.relpath(self.folders[0] / 'config.yaml')}`",
         ]
 
 

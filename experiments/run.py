@@ -118,6 +118,11 @@ def check(config: Config) -> None:
     except RuntimeError as error:
         raise ValueError(f"device: expected auto or a device that is there, {error}") from None
     if config.start_from is not None and not (config.folder / "checkpoint.pt").exists():
+        if config.keep_models:
+            raise ValueError(
+                "keep_models: expected false beside start_from, which has no models of the first "
+                "experience, got true"
+            )
         _donor(Path(config.start_from), config)
     train = make_benchmark(config).train_stream
     rates, nowhere = _memory_rates(config, train), Checkpoint("checkpoint.pt")
@@ -286,7 +291,7 @@ def make_benchmark(config: Config) -> Any:
     }
     if config.benchmark == "digits":
         return split_digits(**protocol)
-    root = config.data_root
+    root = _data_root(config)
     if config.benchmark == "cifar100":
         return split_cifar100(root=root, samples_per_class=config.samples_per_class, **protocol)
     if root is None:
@@ -294,17 +299,22 @@ def make_benchmark(config: Config) -> Any:
     return split_image_folder(root, image_size=config.image_size, **protocol)
 
 
+def _data_root(config: Config) -> str | None:
+    return config.data_root or os.environ.get("AVALANCHE_MEMO_DATA")
+
+
 def data_digest(config: Config) -> str | None:
     """Return what tells one folder of images from another; None for data that are always the same.
 
     It depends on the classes' names and the number of each one's files, not on the folder's place.
     """
-    if config.benchmark != "image_folder" or config.data_root is None:
+    root = _data_root(config)
+    if config.benchmark != "image_folder" or root is None:
         return None
     classes = sorted(
         (part, folder.name, len(list(folder.iterdir())))
         for part in ("train", "val")
-        for folder in (Path(config.data_root) / part).glob("*")
+        for folder in (Path(root) / part).glob("*")
         if folder.is_dir()
     )
     files = sum(number for *_, number in classes)
@@ -676,10 +686,13 @@ def main(arguments: list[str] | None = None) -> None:
         own = {"shared_stages": None, "start_from": None, "run_folder": folder}
         masks = {} if method in _MASKED else {"sparsity_weight": 0.0}
         configs.append(replace(config, method=method, against=[], **own, **masks))
-    for each in configs:
-        check_folder(each)
-        if finished(each.folder) is None:
-            check(each)
+    try:
+        for each in configs:
+            check_folder(each)
+            if finished(each.folder) is None:
+                check(each)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"experiments.run: error: {error}") from None
     results = [run(each) for each in configs]
     if len(results) > 1:
         accuracy_figure(results, config.folder / "accuracy.png")

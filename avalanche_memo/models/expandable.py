@@ -73,7 +73,7 @@ class ExpandableNetwork(DynamicModule):
     :data:`UNSEEN_LOGIT`. The classifier has rows for the seen classes alone, in order of
     appearance, so neither its size nor its initialisation depends on how classes are numbered.
     Only a criterion that spreads weight over all columns, such as label smoothing, needs classes
-    numbered from 0 in order of appearance.
+    numbered from 0 in order of appearance. Parameters are float32.
 
     :param make_backbone: called once, returns the :class:`StagedBackbone` to share and to copy.
     :param shared_stages: number of stages shared, 0 to all.
@@ -404,7 +404,8 @@ class ExpandableNetwork(DynamicModule):
                 f"but this one has learned {self.growth}"
             )
         self._folded = []
-        with torch.random.fork_rng(devices=[]):
+        device = self._adaptation_device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self._prune_as(kept)
             for new_classes in state["growth"][len(self.growth) :]:
                 self.grow(new_classes)

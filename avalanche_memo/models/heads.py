@@ -225,6 +225,8 @@ class ProxyCosineClassifier(GrowingClassifier):
     def grow(self, new_features: int = 0, new_classes: int = 0) -> None:
         """Add a block of features, proxies for classes, or both; what is new starts at random.
 
+        But proxies that are frozen by that start with none of the new features.
+
         :param new_features: columns to add, 0 for none.
         :param new_classes: classes to add.
         :raises ValueError: if a number is negative.
@@ -237,7 +239,10 @@ class ProxyCosineClassifier(GrowingClassifier):
         self.in_features += new_features
         if new_features:
             for index, weight in enumerate(self.weights):
-                grown = torch.cat([weight, self._random(len(weight), new_features)], dim=1)
+                columns = self._random(len(weight), new_features)
+                if new_classes and self.freeze_old:
+                    columns.zero_()  # They are not to learn.
+                grown = torch.cat([weight, columns], dim=1)
                 self.weights[index] = nn.Parameter(grown, requires_grad=weight.requires_grad)
         if new_classes:
             if self.freeze_old:

@@ -23,10 +23,10 @@ __all__ = [
     "DynamicallyExpandableRepresentation",
 ]
 
-DER_REPRESENTATION = Phase(170, lr=0.1, weight_decay=5e-4, milestones=(100, 120), warmup_epochs=10)
+DER_REPRESENTATION = Phase(170, lr=0.1, weight_decay=5e-4, milestones=(110, 130), warmup_epochs=10)
 """Representation learning on CIFAR-100 with a ResNet-18, batches of 128 (the authors' released
-configuration). Their scheduler counts the milestones from the end of the warm-up on, so that the
-rate falls after 110 and 130 epochs, and it starts both classifiers afresh there."""
+configuration, whose milestones, 100 and 120, count from the end of the warm-up on). Their code
+starts both classifiers afresh when the warm-up ends; this does not."""
 
 DER_CLASSIFIER = Phase(
     30,
@@ -41,10 +41,10 @@ DER_CLASSIFIER = Phase(
 """Classifier learning, section 3.4 (the authors' released configuration)."""
 
 DER_IMAGENET_REPRESENTATION = Phase(
-    220, lr=0.1, weight_decay=5e-4, milestones=(60, 120, 160, 180), warmup_epochs=20
+    220, lr=0.1, weight_decay=5e-4, milestones=(80, 140, 180, 200), warmup_epochs=20
 )
 """Representation learning on ImageNet-100 with a ResNet-18, batches of 256 (the authors' released
-configuration, whose milestones count from the end of the warm-up on)."""
+configuration, whose milestones, 60, 120, 160 and 180, count from the end of the warm-up on)."""
 
 DER_IMAGENET_CLASSIFIER = replace(DER_CLASSIFIER, temperature=1.0)
 """Classifier learning on ImageNet-100 (the authors' released configuration)."""

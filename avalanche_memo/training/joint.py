@@ -30,7 +30,7 @@ class Joint(IncrementalTemplate):
     :param criterion: the loss.
     :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
-    :raises ValueError: if it would add blocks.
+    :raises ValueError: if it would add blocks, or freeze its generalized ones.
     """
 
     def __init__(

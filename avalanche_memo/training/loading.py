@@ -454,7 +454,7 @@ def _plain(loader: Any) -> tuple[Any, int, bool, int | None]:
         if len(loader.datasets) != 1 or loader.never_ending or loader.distributed_sampling:
             raise UnsupportedError(f"{name} composes its batches itself")
         dataset, options = loader.datasets[0], loader.loader_kwargs
-        if options.get("drop_last") or options.get("sampler") or options.get("batch_sampler"):
+        if any(options.get(own) for own in ("drop_last", "sampler", "batch_sampler", "generator")):
             raise UnsupportedError(f"{name} samples in its own way")
         batch_size, shuffle = loader.batch_sizes[0], bool(options.get("shuffle", False))
         collate = options["collate_fn"]
@@ -465,7 +465,10 @@ def _plain(loader: Any) -> tuple[Any, int, bool, int | None]:
             and not sampler.replacement
             and sampler.num_samples <= len(sampler.data_source)
         )
-        if not once or type(loader.batch_sampler) is not BatchSampler or loader.drop_last:
+        # A sampler may go over other data, and a batch sampler of the user's has its own sampler.
+        once = once and sampler.data_source is loader.dataset and loader.batch_size is not None
+        own = loader.drop_last or loader.generator or getattr(sampler, "generator", None)
+        if not once or own or type(loader.batch_sampler) is not BatchSampler:
             raise UnsupportedError("the DataLoader samples in its own way")
         dataset, batch_size, samples = loader.dataset, loader.batch_size, len(sampler)
         shuffle, collate = type(sampler) is RandomSampler, loader.collate_fn
@@ -505,9 +508,9 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
     ToTensor and Normalize, after any Resize, CenterCrop, Pad and Grayscale, which are applied once.
     Before it takes over, samples are compared with the data set's own from the same random state.
     Otherwise the strategy's loader stays, and its workers, if `train` was given any, are kept
-    through the epochs. Loaders that compose their batches (`ReplayDataLoader`, several task
-    labels) always stay. Put this plugin after those that set the loader. The logger
-    "avalanche_memo" says which path is on, once per change.
+    through the epochs, unless the strategy saves checkpoints. Loaders that compose their batches
+    (`ReplayDataLoader`, several task labels) always stay. Put this plugin after those that set the
+    loader. The logger "avalanche_memo" says which path is on, once per change.
 
     :param byte_limit: the most bytes that the resident images of a loader may take; images that
         had to be decoded from files are kept in host memory within the same limit.
@@ -569,7 +572,9 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
                 num_workers=num_workers,
             )
         except UnsupportedError as reason:
-            if what == "training":  # an evaluation is one pass: there is nothing to keep
+            # An evaluation is one pass: there is nothing to keep. And what a worker draws depends
+            # on the epochs that it has seen, which a resumed run could not make up for.
+            if what == "training" and getattr(strategy, "checkpoint", None) is None:
                 strategy.dataloader = _keep_workers(strategy.dataloader)
             self._log(logging.WARNING, what, "the strategy's own loader", str(reason))
         else:

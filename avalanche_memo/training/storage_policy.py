@@ -283,6 +283,17 @@ class HerdingBuffer(ExemplarsBuffer):
             self.order[c] = self._front(rows[herding_order(features, m).cpu()], quotas[c], quality)
         self._rebuild()
 
+    def besides(self, exp: Any) -> Any:
+        """Return the exemplars that an experience does not hold itself, as it does if given again.
+
+        :param exp: the experience.
+        """
+        if not set(self.order).intersection(torch.as_tensor(list(exp.dataset.targets)).tolist()):
+            return self.buffer
+        held = set(sample_origins(exp.dataset))
+        origins = sample_origins(self._originals(torch.cat(list(self.order.values()))))
+        return self.buffer.subset([i for i, own in enumerate(origins) if own not in held])
+
     def after(self, agent_state: Any, exp: Any) -> "HerdingBuffer":
         """Return a copy that has learned an experience; this buffer stays as it is.
 
@@ -299,8 +310,14 @@ class HerdingBuffer(ExemplarsBuffer):
 
         :param strategy: not used; orders are kept.
         :param new_size: exemplars in all.
-        :raises ValueError: if it is smaller than the number of classes held.
+        :raises ValueError: if it is smaller than the number of classes held; then nothing changes.
         """
+        _at_least_one("mem_size", new_size)
+        if self.exemplars_per_class is None and new_size < len(self.order):
+            raise ValueError(
+                f"mem_size: expected at least one exemplar for each of {len(self.order)} classes, "
+                f"got {new_size}"
+            )
         self.max_size = new_size
         if self.order:
             quotas = self._quotas(list(self.order))
@@ -400,7 +417,7 @@ class HerdingBuffer(ExemplarsBuffer):
         return through_codec(originals, self.compression, files=files)
 
     def _originals(self, rows: Tensor) -> Any:
-        """Return the samples at ``rows`` as their experiences hold them, in the same order."""
+        """Return the samples at ``rows`` as their experiences hold them, in the order as above."""
         parts = [
             self._sources[int(part[0, 0])][1].subset(part[:, 1].tolist())
             for part in _by_source(rows)

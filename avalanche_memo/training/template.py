@@ -152,8 +152,8 @@ class IncrementalTemplate(SupervisedTemplate):
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after each epoch, or ``None``.
     :raises ValueError: for an optimizer with several groups, for a phase on the exemplars without
-        a memory, for a network with masks without a ``SparsityPlugin``, and before training for an
-        experience with no data.
+        a memory, for one that is about the classifier with a model without, for a network with
+        masks without a ``SparsityPlugin``, and before training for an experience with no data.
     :raises FloatingPointError: if a loss is not finite.
     """
 
@@ -220,6 +220,14 @@ class IncrementalTemplate(SupervisedTemplate):
             "a HerdingReplayPlugin for a phase on the exemplars",
             "none",
         )
+        for phase in self.first_phases + self.later_phases:
+            if phase.learns == "classifier" or phase.reset_classifier:
+                _check(
+                    hasattr(getattr(model, "classifier", None), "reset_parameters"),
+                    "model",
+                    "one with a `classifier` that has reset_parameters, which a phase is about",
+                    type(model).__name__,
+                )
         self.checkpoint = checkpoint
         self.phase: Phase | None = None
         self.phase_index = 0
@@ -378,6 +386,7 @@ class ReplayTemplate(IncrementalTemplate):
     :param compression: how exemplars are kept; as raw pixels if not given.
     :param spend_remainder: whether the first classes hold one more each, so that none of the memory
         is left over.
+    :param rerank: whether older classes are herded again with the present features.
     :param method_plugins: the plugins that make the method; they run after the memory's.
     :param base_kwargs: the arguments of :class:`IncrementalTemplate`.
     """
@@ -390,6 +399,7 @@ class ReplayTemplate(IncrementalTemplate):
         memory_rates: MemoryRates | None = None,
         compression: Compression | None = None,
         spend_remainder: bool = False,
+        rerank: bool = False,
         method_plugins: Sequence[Any] = (),
         **base_kwargs: Any,
     ) -> None:
@@ -399,6 +409,7 @@ class ReplayTemplate(IncrementalTemplate):
             rates=memory_rates,
             compression=compression,
             spend_remainder=spend_remainder,
+            rerank=rerank,
         )
         super().__init__(method_plugins=[memory, *method_plugins], **base_kwargs)
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from experiments import run as module
 from experiments.config import Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.progress import ProgressBar
-from experiments.run import check, data_digest, main, make_network, run
+from experiments.run import check, data_digest, main, make_benchmark, make_network, run
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 SHORT = [
@@ -236,6 +237,10 @@ def test_a_folder_of_a_run_on_other_data_is_refused(two_data_sets, monkeypatch):
         with pytest.raises(ValueError, match=r"run_folder: .* other data \(12 files of 2 classes"):
             run(config(name))
     assert data_digest(Config()) is None
+    monkeypatch.setenv("AVALANCHE_MEMO_DATA", str(two_data_sets / "one"))
+    unnamed = replace(config("names"), data_root=None)
+    assert data_digest(unnamed) == data_digest(config("one"))
+    assert len(make_benchmark(unnamed).train_stream) == 2
 
 
 def test_a_damaged_run_folder_is_refused_by_name(tmp_path):
@@ -258,14 +263,15 @@ def test_a_damaged_run_folder_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mem_size=11", "--against=[bic]", "--method=replay"], "at least two exemplars"),
+        (["--mem_size=11", "--against=[bic]", "--method=replay"], "mem_size: .*two exemplars"),
         (["--device=gpuu"], "device: expected auto or a device that is there, .*gpuu"),
         (["--start_from=nowhere"], "start_from: expected a run folder .* got nowhere"),
+        (["--start_from=a", "--keep_models=true"], "keep_models: expected false beside start_from"),
     ],
 )
 def test_all_that_is_to_run_is_checked_before_the_first(tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(module, "run", lambda config: pytest.fail("nothing is to be trained"))
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    with pytest.raises(SystemExit, match=f"(?s)experiments.run: error: {message}"):
         main([*SHORT, *options, "--run_folder", str(tmp_path / "run")])
     assert list(tmp_path.iterdir()) == []
 
@@ -278,6 +284,16 @@ def test_another_method_does_not_start_from_a_run_of_the_first(tmp_path, monkeyp
     with pytest.raises(TypeError):  # There are no results to show.
         main([*SHORT, "--against=[finetune]", "--start_from=donor", f"--run_folder={tmp_path}/a"])
     assert [(c.method, c.start_from) for c in started] == [("memo", "donor"), ("finetune", None)]
+
+
+def test_folders_are_named_after_all_that_makes_a_run_but_a_seed_has_its_own_place():
+    def name(*options):
+        return parse([*SHORT, *options]).folder.name
+
+    assert re.fullmatch(r"digits-b0-inc2-memo-resnet8-[0-9a-f]{6}-seed1993", name())
+    assert len({name(), name("--lr=0.2"), name("--mem_size=60"), name("--fast=false")}) == 4
+    assert name("--seed=7") == name().replace("seed1993", "seed7")
+    assert name("--data_root=elsewhere", "--keep_models=true") == name()
 
 
 def test_the_rest_of_the_memory_is_spent_on_demand(tmp_path):

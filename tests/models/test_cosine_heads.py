@@ -85,6 +85,16 @@ def test_old_proxies_freeze_when_new_ones_come(freeze_old):
     assert head.weights[0].requires_grad is not freeze_old
 
 
+@pytest.mark.parametrize("freeze_old", [True, False])
+def test_proxies_that_freeze_get_none_of_the_new_features(freeze_old):
+    head = grown(2, freeze_old=freeze_old)
+    old = head.weight.detach().clone()
+    head.grow(3, 2)
+    assert torch.equal(head.weights[0][:, :5], old)
+    assert bool((head.weights[0][:, 5:] == 0).all()) is freeze_old
+    assert not (head.weights[1] == 0).any()
+
+
 def test_random_proxies_have_a_length_of_about_1():
     head = grown(40, features=64)
     assert head.weight.norm(dim=1).mean().item() == pytest.approx(1, rel=0.05)

@@ -31,6 +31,7 @@ from avalanche_memo.training import (
 from avalanche_memo.training.plugins import (
     BiasCorrectionPlugin,
     FreshStartPlugin,
+    HerdingReplayPlugin,
     SoftmaxDistillationPlugin,
     WeightAlignmentPlugin,
     bias_correction,
@@ -417,6 +418,29 @@ def test_the_newest_classes_are_corrected_in_the_readout_and_in_the_teacher(monk
     torch.testing.assert_close(distillation.teacher.outputs(images).logits[:, columns], expected)
 
 
+def naive_bic(*plugins: Any) -> Any:
+    torch.manual_seed(0)
+    model = ExpandableNetwork(tiny_backbone, 3, make_classifier=BiasCorrectedLinear)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Naive(model=model, optimizer=optimizer, plugins=list(plugins), evaluator=silent())
+
+
+def test_bic_refuses_a_memory_that_comes_after_it():
+    strategy = naive_bic(BiasCorrectionPlugin(), HerdingReplayPlugin(24))
+    before = tensors_of(strategy.model)
+    with pytest.raises(ValueError, match=r"plugins: .*after HerdingReplayPlugin, got it before"):
+        strategy.train(make_benchmark().train_stream[0])
+    assert_same_tensors(tensors_of(strategy.model), before)
+
+
+def test_bic_refuses_to_go_on_without_exemplars():
+    strategy = naive_bic(BiasCorrectionPlugin())
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    with pytest.raises(ValueError, match=r"experience: .* exemplars .*got new data alone"):
+        strategy.train(stream[1])
+
+
 def recalls(model: Any, stream: Any) -> list[float]:
     """The share of each class's images that are recognised."""
     hits: dict[int, list[bool]] = {}
@@ -463,7 +487,8 @@ def test_joint_training_starts_afresh_on_all_data(api, fast):
     trainer = make(Joint, start, steps, fast=fast, train_epochs=2)
     first = tensors_of(trainer.model.generalized)
     weight, everything = torch.zeros(0, 6), Counter()
-    for experience in make_benchmark(api).train_stream[:3]:
+    stream = make_benchmark(api).train_stream
+    for experience in stream[:3]:
         trainer.train(experience)
         assert_same_tensors(start.blocks, first)
         assert not (start.weight[: len(weight)] == weight).any()
@@ -476,6 +501,9 @@ def test_joint_training_starts_afresh_on_all_data(api, fast):
         )
         assert seen == Counter({image: 2 * n for image, n in everything.items()})
         assert trainer.plugins[0].buffer.exemplar_bytes == 64 * sum(everything.values())
+    # Given again, an experience's own images are in the memory already.
+    trainer.train(stream[0])
+    assert len(steps.steps) == 2 * 36 / 6
 
 
 def test_a_fresh_start_works_in_avalanches_naive():
@@ -511,6 +539,12 @@ def test_a_fresh_start_works_in_avalanches_naive():
 def test_refuses_options_out_of_range(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_joint_training_refuses_to_freeze_what_starts_afresh():
+    model = ExpandableNetwork(tiny_backbone, 3, train_generalized=False)
+    with pytest.raises(ValueError, match=r"model: .*train_generalized=True, got False"):
+        Joint(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_joint_training_has_no_size_of_memory():

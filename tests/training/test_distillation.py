@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from avalanche.benchmarks import split_online_stream
 from avalanche.core import SupervisedPlugin
 from avalanche.models import SimpleMLP
 from avalanche.training.supervised import Naive
@@ -30,6 +31,7 @@ from avalanche_memo.training.plugins import (
 from avalanche_memo.training.storage_policy import dataset_features
 from tests.helpers import (
     APIS,
+    ORDER,
     assert_same_tensors,
     make_benchmark,
     silent,
@@ -178,6 +180,19 @@ def test_the_previous_model_is_frozen_while_the_network_learns():
     assert_same_tensors(seen[0], kept)
     assert not any(p.requires_grad for p in plugin.teacher.network.parameters())
     assert not plugin.teacher.network.training
+
+
+def test_the_previous_model_knows_nothing_of_the_present_online_experience():
+    plugin = SoftmaxDistillationPlugin()
+    strategy = naive(network(), plugin)
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    known = []
+    for part in split_online_stream(stream[1:2], experience_size=5):
+        known.append(set(plugin.teacher.network.classes))
+        strategy.train(part)
+    assert known == [set(ORDER[:2])] * 3
+    assert set(plugin.teacher.network.classes) == set(ORDER[:4])
 
 
 def test_plugins_that_share_a_previous_model_share_its_forward_pass():

@@ -20,7 +20,7 @@ from avalanche.training import Naive
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision import transforms as T
 
 from avalanche_memo.training.batch_transforms import (
@@ -549,6 +549,12 @@ def loader_cases():
             False,
         ),
         "collate": (DataLoader(dataset, 4, collate_fn=list), False),
+        "batch sampler": (
+            DataLoader(dataset, batch_sampler=BatchSampler(RandomSampler(dataset), 4, False)),
+            False,
+        ),
+        "other data": (DataLoader(dataset, 4, sampler=RandomSampler(range(4))), False),
+        "generator": (DataLoader(dataset, 4, shuffle=True, generator=torch.Generator()), False),
         "group drops last": (
             TaskBalancedDataLoader(dataset, batch_size=4, drop_last=True),
             False,
@@ -571,16 +577,24 @@ def test_only_plain_loaders_are_replaced(name):
         assert sum(len(y) for _, y, *_ in strategy.dataloader) == (5 if name == "a part" else 20)
 
 
+def options_of(loader):
+    return loader.loader_kwargs if isinstance(loader, TaskBalancedDataLoader) else vars(loader)
+
+
 @pytest.mark.parametrize("make", [DataLoader, TaskBalancedDataLoader])
 def test_fallback_keeps_workers_alive(make):
     unknown = T.Compose([T.RandomRotation(5), EVAL])
     dataset = nc(train_transform=unknown).train_stream[0].dataset.train()
     loader = make(dataset, batch_size=6, shuffle=True, num_workers=1)
     strategy = SimpleNamespace(dataloader=loader, device=torch.device("cpu"))
+    # A worker's random numbers depend on the epochs before, which a resumed run has not seen.
+    strategy.checkpoint = object()
+    ResidentBatches().before_training_exp(strategy, num_workers=1)
+    assert not options_of(strategy.dataloader).get("persistent_workers")
+    strategy.checkpoint = None
     ResidentBatches().before_training_exp(strategy, num_workers=1)
     kept = strategy.dataloader
-    options = kept.loader_kwargs if make is TaskBalancedDataLoader else vars(kept)
-    assert options["persistent_workers"]
+    assert options_of(kept)["persistent_workers"]
     for _ in range(2):
         _, y, _ = stacked(kept)
         assert sorted(y.tolist()) == sorted(dataset.targets)

@@ -256,6 +256,12 @@ def test_reranks_older_classes_on_demand():
     assert any(not same(found[c], images[:3]) for c, images in kept.items())
 
 
+def test_strategies_pass_the_option_on():
+    assert not Replay(model=network(), optimizer=sgd(network())).plugins[0].buffer.rerank
+    model = network()
+    assert Replay(model=model, optimizer=sgd(model), rerank=True).plugins[0].buffer.rerank
+
+
 def _position(image: Tensor, experience) -> int:
     return next(
         i for i, (x, *_) in enumerate(experience.dataset.eval()) if torch.equal(x.flatten(), image)
@@ -389,6 +395,11 @@ def test_resize_keeps_the_front():
     buffer.resize(agent(), 5)
     assert {c: len(images) for c, images in exemplars(buffer).items()} == {7: 2, 2: 2}
     assert all(same(images, before[c][:2]) for c, images in exemplars(buffer).items())
+    assert len(buffer.buffer) == 4
+    for size in (1, 0):
+        with pytest.raises(ValueError, match=f"mem_size: expected .*got {size}"):
+            buffer.resize(agent(), size)
+    assert buffer.quota(2) == 2
     assert len(buffer.buffer) == 4
 
 

@@ -10,6 +10,7 @@ from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin
+from torch import nn
 
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training import (
@@ -144,7 +145,7 @@ def test_learning_rates_of_a_phase(options, rates):
         (
             DER_REPRESENTATION,
             170,
-            {0: 0.01, 9: 0.1, 10: 0.1, 99: 0.1, 100: 1e-2, 120: 1e-3, 169: 1e-3},
+            {0: 0.01, 9: 0.1, 109: 0.1, 110: 1e-2, 129: 1e-2, 130: 1e-3, 169: 1e-3},
             5e-4,
         ),
         (DER_CLASSIFIER, 30, {0: 0.1, 14: 0.1, 15: 1e-2, 29: 1e-2}, 5e-4),
@@ -437,6 +438,20 @@ def test_an_epoch_has_at_most_so_many_images_drawn_anew(fast):
 def test_a_phase_on_the_exemplars_needs_a_memory():
     with pytest.raises(ValueError, match=r"data: expected a HerdingReplayPlugin .*got none"):
         make(Finetune, 3, later_phases=[Phase(1, learns="classifier", data="exemplars")])
+
+
+@pytest.mark.parametrize("options", [{"learns": "classifier"}, {"reset_classifier": True}])
+@pytest.mark.parametrize("classifier", [None, nn.Sequential(nn.Linear(64, 10))])
+def test_a_phase_about_the_classifier_needs_one(options, classifier):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    if classifier is not None:
+        model.classifier = classifier
+    with pytest.raises(ValueError, match=r"model: expected one with a `classifier` .*got Sequ"):
+        Finetune(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            later_phases=[Phase(1, **options)],
+        )
 
 
 @FAST

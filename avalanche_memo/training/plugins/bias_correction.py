@@ -68,10 +68,12 @@ class BiasCorrectionPlugin(SupervisedPlugin):
     have been trained on earlier; the authors' code keeps the same samples out for good. It fits by
     SGD and adds ``0.05 beta^2``; PyCIL fits by SGD with augmentation, and takes the softmax twice.
 
+    Put this plugin after the one that adds exemplars to the data.
+
     :param held_out: the share, above 0 and below 1; at least one sample is held out.
-    :raises ValueError: if the share is out of range; before training, if the memory has room for
-        less than two exemplars of each class of the stream; before an experience, if a class has
-        a single sample.
+    :raises ValueError: if the share is out of range; before training, if the memory comes after
+        this plugin, or has room for less than two exemplars of each class of the stream; before an
+        experience, if no exemplars were added to the data, or a class has a single sample.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a
         :class:`BiasCorrectedLinear`.
     """
@@ -90,7 +92,12 @@ class BiasCorrectionPlugin(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check the memory against all classes of the stream, before anything is trained."""
-        memories = (p for p in strategy.plugins if isinstance(p, HerdingReplayPlugin))
+        plugins = strategy.plugins
+        memories = [p for p in plugins if isinstance(p, HerdingReplayPlugin)]
+        if any(plugins.index(memory) > plugins.index(self) for memory in memories):
+            raise ValueError(
+                "plugins: expected BiasCorrectionPlugin after HerdingReplayPlugin, got it before"
+            )
         if any(m.buffer.quota(m.n_classes(strategy), 0) < 2 for m in memories):
             raise ValueError(
                 "mem_size: BiasCorrectionPlugin expected at least two exemplars of each class of "
@@ -104,7 +111,13 @@ class BiasCorrectionPlugin(SupervisedPlugin):
         dataset = strategy.adapted_dataset
         targets = torch.as_tensor(list(dataset.targets))
         classes, counts = torch.unique(targets, return_counts=True)
-        if set(classes.tolist()) == set(experience_classes(strategy.experience)):
+        new = set(experience_classes(strategy.experience))
+        if set(classes.tolist()) == new:
+            if set(strategy.model.classes) - new:
+                raise ValueError(
+                    "experience: BiasCorrectionPlugin expected exemplars of old classes among the "
+                    "data, got new data alone; put it after the plugin that adds them"
+                )
             return
         if counts.min() < 2:
             raise ValueError(

@@ -18,7 +18,7 @@ from avalanche_memo.training.losses import (
     pod_loss,
     softmax_distillation_loss,
 )
-from avalanche_memo.training.plugins.checks import check_network
+from avalanche_memo.training.plugins.checks import check_network, ends_experience
 
 __all__ = [
     "LessForgetPlugin",
@@ -89,7 +89,10 @@ class PreviousModel:
 
 
 class _Distillation(SupervisedPlugin, ABC):
-    """Adds a loss between the present outputs and the previous network's, once there is one."""
+    """Adds a loss between the present outputs and the previous network's, once there is one.
+
+    Of an online stream it is the last sub-experience that leaves one (:func:`ends_experience`).
+    """
 
     def __init__(self, teacher: PreviousModel | None) -> None:
         super().__init__()
@@ -110,7 +113,8 @@ class _Distillation(SupervisedPlugin, ABC):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Keep the network as it is now."""
-        self.teacher.keep(strategy.model)
+        if ends_experience(strategy.experience):
+            self.teacher.keep(strategy.model)
 
     def applies(self, outputs: NetworkOutputs) -> bool:
         """Return whether there is something to learn; a phase may train the classifier alone."""

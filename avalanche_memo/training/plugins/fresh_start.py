@@ -15,12 +15,16 @@ class FreshStartPlugin(SupervisedPlugin):
 
     :param network: the network, as it is to begin.
     :raises TypeError: if it is no ``ExpandableNetwork``.
-    :raises ValueError: if it would add blocks.
+    :raises ValueError: if it would add blocks, or freeze what starts afresh.
     """
 
     def __init__(self, network: ExpandableNetwork) -> None:
         super().__init__()
         check_network(network, "FreshStartPlugin", shares="all")
+        if not network.train_generalized:
+            raise ValueError(
+                "model: FreshStartPlugin expected a network with train_generalized=True, got False"
+            )
         weights = network.generalized.state_dict()
         self._first = {name: tensor.clone() for name, tensor in weights.items()}
 

@@ -74,7 +74,8 @@ class HerdingReplayPlugin(SupervisedPlugin):
                 strategy.adapted_dataset, compression, probability=compression.new_images
             )
         if self.buffer.order:
-            strategy.adapted_dataset = strategy.adapted_dataset.concat(self.buffer.buffer.train())
+            exemplars = self.buffer.besides(strategy.experience).train()
+            strategy.adapted_dataset = strategy.adapted_dataset.concat(exemplars)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Shuffle plainly, whatever the task labels."""
