@@ -417,7 +417,7 @@ class HerdingBuffer(ExemplarsBuffer):
         return through_codec(originals, self.compression, files=files)
 
     def _originals(self, rows: Tensor) -> Any:
-        """Return the samples at ``rows`` as their experiences hold them, in the order as above."""
+        """Return the samples at ``rows`` as their experiences hold them, in that order."""
         parts = [
             self._sources[int(part[0, 0])][1].subset(part[:, 1].tolist())
             for part in _by_source(rows)

@@ -220,14 +220,12 @@ class IncrementalTemplate(SupervisedTemplate):
             "a HerdingReplayPlugin for a phase on the exemplars",
             "none",
         )
+        classifier, kind = getattr(model, "classifier", None), type(model).__name__
         for phase in self.first_phases + self.later_phases:
-            if phase.learns == "classifier" or phase.reset_classifier:
-                _check(
-                    hasattr(getattr(model, "classifier", None), "reset_parameters"),
-                    "model",
-                    "one with a `classifier` that has reset_parameters, which a phase is about",
-                    type(model).__name__,
-                )
+            good = phase.learns == "all" or classifier is not None
+            _check(good, "model", "one with a `classifier` for a phase that trains it alone", kind)
+            good = not phase.reset_classifier or hasattr(classifier, "reset_parameters")
+            _check(good, "model", "one whose `classifier` has reset_parameters for a phase", kind)
         self.checkpoint = checkpoint
         self.phase: Phase | None = None
         self.phase_index = 0

@@ -440,13 +440,19 @@ def test_a_phase_on_the_exemplars_needs_a_memory():
         make(Finetune, 3, later_phases=[Phase(1, learns="classifier", data="exemplars")])
 
 
-@pytest.mark.parametrize("options", [{"learns": "classifier"}, {"reset_classifier": True}])
-@pytest.mark.parametrize("classifier", [None, nn.Sequential(nn.Linear(64, 10))])
-def test_a_phase_about_the_classifier_needs_one(options, classifier):
+@pytest.mark.parametrize(
+    ("options", "classifier", "message"),
+    [
+        ({"learns": "classifier"}, None, "one with a `classifier` for a phase that trains it"),
+        ({"reset_classifier": True}, None, "one whose `classifier` has reset_parameters"),
+        ({"reset_classifier": True}, nn.Sequential(), "one whose `classifier` has reset_param"),
+    ],
+)
+def test_a_phase_about_the_classifier_needs_one(options, classifier, message):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     if classifier is not None:
         model.classifier = classifier
-    with pytest.raises(ValueError, match=r"model: expected one with a `classifier` .*got Sequ"):
+    with pytest.raises(ValueError, match=f"model: expected {message}.*got Sequential"):
         Finetune(
             model=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
