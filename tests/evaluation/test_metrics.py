@@ -21,6 +21,7 @@ from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.evaluation import (
     ClassIncrementalAccuracy,
     MemoryUsage,
+    TrainingAverages,
     class_incremental_metrics,
     memory_metrics,
 )
@@ -524,3 +525,19 @@ def test_counting_does_not_wait_for_the_gpu():
         metric.after_eval_iteration(strategy)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_averages_of_an_epoch_weigh_samples_alike():
+    """By hand: batches of two and of one; the third column wins where it is the largest."""
+    averages = TrainingAverages()
+    strategy = SimpleNamespace()
+    strategy.mb_output = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0]])
+    strategy.mb_y, strategy.loss = torch.tensor([0, 2]), torch.tensor(1.5)
+    averages.before_training_epoch(strategy)
+    averages.after_training_iteration(strategy)
+    strategy.mb_output, strategy.mb_y = torch.tensor([[0.0, 4.0, 1.0]]), torch.tensor([0])
+    strategy.loss = torch.tensor(6.0)
+    averages.after_training_iteration(strategy)
+    assert averages.result() == pytest.approx([(2 * 1.5 + 6) / 3, 2 / 3])
+    averages.before_training_epoch(strategy)
+    assert averages.result() == [0, 0]

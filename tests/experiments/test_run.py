@@ -656,6 +656,47 @@ def test_options_reach_the_strategy(method, options, tmp_path, monkeypatch):
     assert cut == (method not in ("PODNet", "UCIR"))
 
 
+def test_common_options_reach_the_strategy(tmp_path, monkeypatch):
+    given = {}
+
+    def build(**arguments):
+        given.update(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr("experiments.run.MEMO", build)
+    options = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.01, "batch_size": 17, "fast": "false"}
+    options |= {"train_generalized": "false", "gradient_through_frozen": "false"}
+    options |= {"class_order_seed": 7, "run_folder": tmp_path / "run"}
+    config = parse([f"--{name}={value}" for name, value in options.items()])
+    with pytest.raises(InterruptedError):
+        run(config)
+    group = given["optimizer"].param_groups[0]
+    assert {name: group[name] for name in ("lr", "momentum", "weight_decay")} == {
+        name: options[name] for name in ("lr", "momentum", "weight_decay")
+    }
+    assert (given["train_mb_size"], given["fast"]) == (17, False)
+    model = given["model"]
+    assert (model.train_generalized, model.gradient_through_frozen) == (False, False)
+    order = np.random.RandomState(7).permutation(10).tolist()
+    assert make_benchmark(config).classes_order_original_ids == order
+
+
+def test_what_a_first_experience_depends_on():
+    config = Config()
+    later = config.identity().keys() - config.first_experience().keys()
+    assert later == {
+        *("later", "mem_size", "exemplars_per_class", "memory_rates", "spend_remainder"),
+        *("auxiliary_weight", "train_generalized", "gradient_through_frozen", "pod_weight"),
+        *("flat_weight", "pooling", "flat_distillation", "kd_weight", "kd_temperature"),
+        *("kd_adaptive", "less_forget_weight", "ranking_weight"),
+    }
+    for new_images, kept in ((0, False), (1, True)):
+        own = replace(config, compression=Compression("webp", new_images=new_images))
+        assert (own.first_experience()["compression"] is not None) is kept
+    # Options that are added later leave older checkpoints valid.
+    assert config.fingerprint() == "{}"
+
+
 def test_the_shipped_podnet_configurations():
     config = parse(["--config", str(CONFIGS / "podnet_cifar100_b50_inc10.yaml")])
     assert (config.method, config.base, config.increment) == ("podnet", 50, 10)

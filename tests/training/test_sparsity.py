@@ -266,7 +266,7 @@ def test_without_a_sparsity_weight_der_is_what_it_was():
 @pytest.mark.parametrize(("model", "weight", "batch"), [(masked, 1.0, None), (dense, 0.0, 6)])
 def test_blocks_that_will_be_pruned_are_not_compiled(model, weight, batch):
     strategy = der(model(), sparsity_weight=weight, fast=FastPath(compile_frozen=True))
-    strategy.train(make_benchmark([[0, 1], [2, 3]]).train_stream[0])
+    strategy.train(make_benchmark().train_stream[0])
     assert strategy.model.compiled_batch == batch
 
 

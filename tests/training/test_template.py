@@ -24,7 +24,13 @@ from avalanche_memo.training import (
     Phase,
     Replay,
 )
-from avalanche_memo.training.der import DER_CLASSIFIER, DER_REPRESENTATION
+from avalanche_memo.training.der import (
+    DER_CLASSIFIER,
+    DER_IMAGENET_REPRESENTATION,
+    DER_REPRESENTATION,
+    DER_RESNET32_FIRST,
+    DER_RESNET32_LATER,
+)
 from avalanche_memo.training.memo import MEMO_FIRST, MEMO_LATER
 from tests.helpers import (
     APIS,
@@ -149,6 +155,9 @@ def test_learning_rates_of_a_phase(options, rates):
             5e-4,
         ),
         (DER_CLASSIFIER, 30, {0: 0.1, 14: 0.1, 15: 1e-2, 29: 1e-2}, 5e-4),
+        (DER_IMAGENET_REPRESENTATION, 220, {0: 5e-3, 79: 0.1, 80: 1e-2, 200: 1e-5}, 5e-4),
+        (DER_RESNET32_FIRST, 200, {0: 0.1, 60: 1e-2, 120: 1e-3, 170: 1e-4}, 5e-4),
+        (DER_RESNET32_LATER, 170, {0: 0.1, 80: 1e-2, 120: 1e-3, 150: 1e-4}, 2e-4),
         (
             PODNET_TRAINING,
             160,
