@@ -81,7 +81,7 @@ def test_a_run_folder_holds_what_a_user_reads(finished):
     assert parse(["--config", str(finished / "config.yaml")]).identity() == results["config"]
 
 
-def test_bytes_are_those_of_the_published_accounting(finished):
+def test_bytes_are_those_of_parameters_and_exemplars(finished):
     results = without_times(finished)
     # ResNet-8 on one channel: convolutions and BatchNorms by hand; the head grows with both.
     conv = lambda i, o: 9 * i * o + 2 * o  # noqa: E731

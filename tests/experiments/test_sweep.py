@@ -230,8 +230,9 @@ def lock_holder(folder: Path) -> int:
 
 def kill_midway(folder: Path, killed: list) -> None:
     """Kill the process of a run once it has results of some but not all experiences."""
-    results = folder / "results.json"
+    results, deadline = folder / "results.json", time.monotonic() + 240
     while not results.exists():
+        assert time.monotonic() < deadline, "the run has come to no results"
         time.sleep(0.002)
     process = lock_holder(folder)
     os.kill(process, signal.SIGSTOP)  # So that it does not finish behind the back of the check.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
@@ -473,8 +474,6 @@ def test_too_small_a_memory_is_refused_before_training(api, make):
 
 @pytest.mark.parametrize("api", APIS)
 def test_every_sample_of_new_data_and_memory_is_seen_once_an_epoch(api):
-    from avalanche.core import SupervisedPlugin
-
     class Record(SupervisedPlugin):
         def __init__(self):
             super().__init__()
@@ -522,6 +521,31 @@ def test_class_means(api):
             with torch.no_grad():
                 expected = class_mean(model.extract_features(images))
             np.testing.assert_allclose(mean, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_class_means_are_those_of_the_present_model():
+    class Ask(SupervisedPlugin):
+        """Asks for the means before an experience, which keeps them, and after each epoch."""
+
+        def before_training_epoch(self, strategy, **kwargs):
+            replay.class_means(strategy)
+
+        def after_training_epoch(self, strategy, **kwargs):
+            if replay.buffer.order:
+                classes, means = replay.class_means(strategy)
+                images = torch.stack(exemplars(replay.buffer)[classes[0]]).view(-1, 1, 8, 8)
+                was_training = strategy.model.training
+                with torch.no_grad():
+                    now = class_mean(strategy.model.eval().extract_features(images))
+                strategy.model.train(was_training)
+                asked.append(np.allclose(means[0], now, rtol=1e-4, atol=1e-6))
+
+    asked = []
+    model, stream, replay = network(), make_benchmark().train_stream, HerdingReplayPlugin(11)
+    plugins = [replay, Ask()]
+    strategy = Naive(model=model, optimizer=sgd(model), plugins=plugins, evaluator=silent())
+    strategy.train(stream[:2])
+    assert asked == [True]
 
 
 @pytest.mark.parametrize("size", [11, 12, 19])

@@ -209,6 +209,15 @@ def test_each_phase_has_as_many_epochs_as_it_says():
     assert epochs.epochs == [[0], [0, 0, 1, 2, 2, 2], [0, 0, 1, 2, 2, 2]]
 
 
+def test_later_phases_begin_with_the_second_training_whichever_experience_it_is():
+    record, stream = Record(), make_benchmark().train_stream
+    phases = {"first_phases": [Phase(1, lr=0.03)], "later_phases": [Phase(1, lr=0.07)]}
+    strategy = make(Finetune, 3, record, **phases)
+    for experience in (stream[1], stream[1], stream[0]):
+        strategy.train(experience)
+    assert record.rates == [[0.03], [0.07], [0.07]]
+
+
 def test_without_phases_an_experience_has_train_epochs_epochs():
     record = Record()
     strategy = make(MEMO, 2, record, train_epochs=3)
