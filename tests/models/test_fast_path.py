@@ -1,5 +1,6 @@
 import copy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +246,12 @@ def test_switches():
 )
 def test_frozen_blocks_are_compiled_where_it_repays(fast, device, steps, compiles):
     assert fast.compiles(torch.device(device), steps) is compiles
+
+
+@pytest.mark.skipif(
+    not (Path("/proc/cpuinfo").exists() and hasattr(torch.cpu, "get_capabilities")),
+    reason="needs /proc/cpuinfo to compare, and a torch that tells",
+)
+def test_bfloat16_is_found_where_the_processor_has_it():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert has_bfloat16(torch.device("cpu")) == bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -34,7 +34,7 @@ from avalanche_memo.training import (
     PODNet,
     Replay,
 )
-from avalanche_memo.training.checkpoint import Checkpoint, restore
+from avalanche_memo.training.checkpoint import Checkpoint, restore, save_whole
 from avalanche_memo.training.plugins import HerdingReplayPlugin
 from tests.helpers import (
     ORDER,
@@ -500,3 +500,16 @@ def test_a_restored_network_has_learned_the_same_classes(saved):
     strategy = resume(saved)
     assert set(strategy.model.classes) == set(ORDER[:4])
     assert strategy.model.feature_dim == 12
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, monkeypatch):
+    path, calls = tmp_path / "state.pt", []
+    save_whole({"epoch": 1}, path)
+    flush, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("flush"), flush(file)))
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (calls.append(f"to {Path(new).name}"), rename(old, new))
+    )
+    save_whole({"epoch": 2}, path, tmp_path / "before.pt")
+    assert calls == ["flush", "to before.pt", "to state.pt", "flush"]
+    assert [torch.load(tmp_path / f"{name}.pt")["epoch"] for name in ("before", "state")] == [1, 2]

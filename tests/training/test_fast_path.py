@@ -9,7 +9,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche_memo import MEMO
 from avalanche_memo.benchmarks import split_digits
 from avalanche_memo.evaluation import ClassIncrementalAccuracy, TrainingAverages
-from avalanche_memo.models import ExpandableNetwork, cifar_resnet
+from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
 from avalanche_memo.training.loading import ResidentBatches
 from experiments.config import parse
 from experiments.run import run
@@ -64,6 +64,13 @@ def test_nothing_is_read_back_from_the_device_within_an_epoch(monkeypatch):
     for experience in split_digits().train_stream[:2]:
         method.train(experience)
     assert counts == [1, 1]  # at the epoch's end: whether every loss was finite
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_resident_batches_can_be_turned_off_alone(on):
+    method = strategy(fast=FastPath(resident_batches=on))
+    assert any(isinstance(plugin, ResidentBatches) for plugin in method.plugins) is on
+    assert method.model.fast == FastPath(resident_batches=on)
 
 
 def test_accuracy_is_unchanged_over_three_seeds(tmp_path):
