@@ -7,7 +7,7 @@ import torch
 
 from avalanche_memo.models import ExpandableNetwork, cifar_resnet
 from experiments.config import parse
-from experiments.pruning import main, survival
+from experiments.pruning import main, report, survival
 from experiments.run import make_network, run
 
 ARGUMENTS = [
@@ -152,3 +152,12 @@ def test_refuses_runs_that_are_not_alike(finished, tmp_path, capsys, option, mes
     with pytest.raises(SystemExit):
         main([str(finished), str(tmp_path), "--out", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
+
+
+def test_runs_that_came_to_different_experiences_are_refused(monkeypatch):
+    done = {Path("one"): 1, Path("two"): 2}
+    monkeypatch.setattr(
+        "experiments.pruning._read", lambda folder: (None, {"classes": [[0]] * done[folder]}, {})
+    )
+    with pytest.raises(ValueError, match=r"folders: expected .* equally many .*, got 1 in one, 2"):
+        report(list(done), "cpu", 1)
