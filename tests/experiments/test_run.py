@@ -51,7 +51,9 @@ def short(folder: Path, **changes) -> Config:
 
 def without_times(folder: Path) -> dict:
     results = json.loads((folder / "results.json").read_text())
-    assert {"train", "eval"} == set(results.pop("seconds"))
+    seconds = results.pop("seconds")
+    assert {part: len(values) for part, values in seconds.items()} == {"train": 3, "eval": 3}
+    assert min(map(min, seconds.values())) > 0
     return results
 
 
@@ -96,15 +98,25 @@ def test_bytes_are_those_of_parameters_and_exemplars(finished):
 def test_every_value_is_in_tensorboard(finished):
     events = EventAccumulator(str(finished / "tensorboard")).Reload()
     results = without_times(finished)
-    for name, values in {
-        "Top1_Acc_CNN_Stream/eval_phase/test_stream": results["cnn"]["accuracy"],
-        "Top1_Acc_NME_Stream/eval_phase/test_stream": results["nme"]["accuracy"],
-        "StreamForgetting/eval_phase/test_stream": results["stream_forgetting"],
-        "ExemplarMemory_MB/eval_phase/test_stream": [
-            memory["exemplar_bytes"] / 2**20 for memory in results["bytes"]
-        ],
-    }.items():
-        assert [e.value for e in events.Scalars(name)] == pytest.approx(values, rel=1e-6)
+    expected = {
+        "StreamForgetting": results["stream_forgetting"],
+        "ExemplarMemory_MB": [m["exemplar_bytes"] / 2**20 for m in results["bytes"]],
+    }
+    for readout in ("cnn", "nme"):
+        own, name = results[readout], readout.upper()
+        assert own["top5"][:2] == [None, None]  # of two and four classes
+        assert [len(groups) for groups in own["groups_of_ten"]] == [1, 1, 1]
+        expected |= {
+            f"Top1_Acc_{name}_Stream": own["accuracy"],
+            f"Top5_Acc_{name}_Stream": own["top5"][2:],
+            f"ForgettingRate_{name}": own["forgetting_rate"],
+        }
+        values = [group for (group,) in own["groups_of_ten"]]
+        tag = f"Top1_Acc_{name}_Group/eval_phase/test_stream/Classes00-09"
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx(values, rel=1e-6)
+    for name, values in expected.items():
+        found = [e.value for e in events.Scalars(f"{name}/eval_phase/test_stream")]
+        assert found == pytest.approx(values, rel=1e-6)
     assert len(events.Scalars("Loss_Epoch/train_phase/train_stream/Task000")) == 2 + 3 + 3
 
 
@@ -489,9 +501,11 @@ def test_the_progress_bar_expects_what_a_memory_holds_beyond_its_size(tmp_path, 
         ProgressBar, "close", lambda self: (ends.append((self.bar.n, self.bar.total)), close(self))
     )
     memory = ["--exemplars_per_class=5", "--memory_rates=[0.5,0.5,0.5]"]
-    run(parse([*SHORT, *PODNET, *memory, "--run_folder", str(tmp_path / "podnet")]))
-    [(done, expected)] = ends
-    assert expected == pytest.approx(done, rel=0.05)
+    config = parse([*SHORT, *PODNET, *memory, "--run_folder", str(tmp_path / "podnet")])
+    stop_after(config, epochs=5)  # in the second experience
+    run(config)
+    (before, _), (done, expected) = ends
+    assert before < done == pytest.approx(expected, rel=0.05)
 
 
 def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch):

@@ -75,13 +75,16 @@ def network(classifier=GrowingLinear, shared_stages: int = 3) -> ExpandableNetwo
     return ExpandableNetwork(tiny_backbone, shared_stages, make_classifier=classifier)
 
 
-def added(plugin, model, api="nc", experiences=3):
+def added(plugin, model, api="nc", experiences=3, learns="all"):
     """Per experience after the first: what the plugin added to the loss, and what it is made of."""
     step = Step()
     strategy = naive(model, HerdingReplayPlugin(20), plugin, step)
     found = []
     for n, experience in enumerate(make_benchmark(api).train_stream[:experiences]):
         old = copy.deepcopy(model).eval()
+        if learns == "classifier" and n > 0:
+            model.requires_grad_(False)
+            model.classifier.requires_grad_(True)
         strategy.train(experience)
         if n == 0:
             assert step.loss == pytest.approx(step.main, rel=1e-6)
@@ -121,12 +124,17 @@ def test_pod_is_added_from_the_second_experience_on(api, options, weight, flat, 
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_features_are_not_distilled_where_the_classifier_alone_learns():
+    for loss, *_ in added(PODDistillationPlugin(), network(), learns="classifier"):
+        assert loss == 0
+
+
 @pytest.mark.parametrize("options", [{}, {"weight": 2.0, "temperature": 3.0, "adaptive": True}])
-@pytest.mark.parametrize("shared_stages", [1, 3])
-def test_softmax_distillation_sees_the_old_columns(options, shared_stages):
+@pytest.mark.parametrize(("shared_stages", "learns"), [(1, "all"), (3, "all"), (3, "classifier")])
+def test_softmax_distillation_sees_the_old_columns(options, shared_stages, learns):
     weight, temperature = options.get("weight", 0.9), options.get("temperature", 10.0)
     plugin = SoftmaxDistillationPlugin(**options)
-    for loss, step, old in added(plugin, network(shared_stages=shared_stages)):
+    for loss, step, old in added(plugin, network(shared_stages=shared_stages), learns=learns):
         columns = old.classes
         assert len(columns) == len(step.network.classes) - 2
         new, teacher = doubles([step.outputs.logits[:, columns], old.outputs.logits[:, columns]])

@@ -616,6 +616,22 @@ def test_files_are_decoded_once_where_sizes_agree_after_the_prefix():
     assert_same_batches(spy.evaluated[1], DataLoader(dataset, 7))
 
 
+def test_of_the_decoded_images_those_used_last_are_kept_up_to_the_limit():
+    files = FileImages([(16, 16)] * 8)
+    stream = nc(files, files, 2).test_stream
+    plugin = ResidentBatches(byte_limit=6 * 3 * 16 * 16)
+    accesses = []
+    for number in (0, 1, 1, 0):
+        dataset = stream[number].dataset.eval()
+        strategy = SimpleNamespace(dataloader=DataLoader(dataset, 4), device=torch.device("cpu"))
+        files.accesses.clear()
+        plugin.before_eval_exp(strategy)
+        accesses.append(len(files.accesses))
+        assert_same_batches(strategy.dataloader, DataLoader(dataset, 4))
+    # Beside the probe and the check: all four; all four; none; the two that had to go.
+    assert accesses == [4 + 4, 4 + 4, 4, 4 + 2]
+
+
 def test_training_batches_of_files_are_within_rounding_of_the_chain():
     files = FileImages([(20, 20)] * 8)
     dataset = nc(files, files, 1, FOLDER).train_stream[0].dataset.train()

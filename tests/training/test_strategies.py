@@ -28,7 +28,9 @@ from avalanche.training.supervised import Naive
 from PIL import Image
 from torch import nn
 from torch.optim.lr_scheduler import MultiStepLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from avalanche_memo.evaluation import TrainingAverages
 from avalanche_memo.models import (
     BiasCorrectedLinear,
     CosineClassifier,
@@ -222,6 +224,74 @@ def test_same_seed_same_numbers(method, fast):
         states.append(tensors_of(strategy.model))
     assert_same_tensors(states[0], states[1])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+class ReadBacks(TorchDispatchMode, SupervisedPlugin):
+    """Record, epoch by epoch, what makes the host wait for the device."""
+
+    OPERATIONS = frozenset(
+        {"_local_scalar_dense", "bincount", "equal", "masked_select", "nonzero", "_unique2"}
+    )
+    METHODS = ("tolist", "numpy", "cpu", "__array__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = pytest.MonkeyPatch()
+        self.epochs: list[list[str]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masks = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        if name in self.OPERATIONS or any(m is not None and m.dtype == torch.bool for m in masks):
+            self.epochs[-1].append(name)
+        return func(*args, **(kwargs or {}))
+
+    def before_training_epoch(self, strategy, **kwargs):
+        self.epochs.append([])
+        for name in self.METHODS:
+            self.patches.setattr(torch.Tensor, name, self.recorded(name))
+        self.__enter__()
+
+    def recorded(self, name):
+        original = getattr(torch.Tensor, name)
+
+        def call(*args, **kwargs):
+            self.epochs[-1].append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    def after_training_epoch(self, strategy, **kwargs):
+        self.__exit__(None, None, None)
+        self.patches.undo()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_read_back_from_the_device_within_an_epoch(method):
+    reads = ReadBacks()
+    evaluator = EvaluationPlugin(TrainingAverages(), loggers=[])
+    strategy = make(method, plugins=[reads], evaluator=evaluator)
+    for experience in make_benchmark().train_stream[:2]:
+        strategy.train(experience)
+    assert len(reads.epochs) >= 2
+    for epoch in reads.epochs:
+        assert epoch == ["_local_scalar_dense"]  # at its end: whether every loss was finite
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+def test_the_loaders_arguments_are_those_of_train(fast):
+    batches = []
+
+    class Targets(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            batches.append(strategy.mb_y.tolist())
+
+    experience = make_benchmark().train_stream[0]
+    strategy = make("Finetune", plugins=[Targets()], fast=fast, train_mb_size=5)
+    strategy.train(experience, shuffle=False, drop_last=True)
+    targets = list(experience.dataset.targets)
+    assert len(targets) == 12
+    assert batches == [targets[:5], targets[5:10]]
 
 
 # --- beside Avalanche's own parts ---------------------------------------------------------------
