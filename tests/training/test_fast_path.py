@@ -3,27 +3,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from avalanche.training.plugins import EvaluationPlugin
 
 from avalanche_memo import MEMO
-from avalanche_memo.evaluation import ClassIncrementalAccuracy, TrainingAverages
 from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
 from avalanche_memo.training.loading import ResidentBatches
 from experiments.config import parse
 from experiments.run import run
+from tests.helpers import silent
 
 
-def strategy(*plugins, fast=True):
-    torch.manual_seed(0)
+def strategy(fast):
     network = ExpandableNetwork(lambda: cifar_resnet(8, in_channels=1), 2)
     return MEMO(
         model=network,
-        optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=True),
-        mem_size=100,
-        train_mb_size=64,
-        eval_mb_size=64,
-        plugins=plugins,
-        evaluator=EvaluationPlugin(TrainingAverages(), ClassIncrementalAccuracy(), loggers=[]),
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9),
+        evaluator=silent(),
         fast=fast,
     )
 
