@@ -25,6 +25,7 @@ from avalanche_memo.evaluation import (
     class_incremental_metrics,
     memory_metrics,
 )
+from avalanche_memo.evaluation.metrics import _Counter
 from tests.reference import metrics as reference
 
 # Four experiences of three classes: seen ids have gaps and come in no order.
@@ -254,6 +255,15 @@ def test_nothing_seen_nothing_emitted():
     strategy.train(benchmark.train_stream[0])
     assert evaluate(strategy, benchmark.test_stream[1:]) == {}
     assert metric.evaluated_after() == []
+
+
+def test_means_that_lie_close_together_are_told_apart():
+    torch.manual_seed(0)
+    classes = list(range(30))
+    means = F.normalize(torch.ones(30, 8) + 1e-4 * torch.randn(30, 8))
+    counter = _Counter(classes, (classes, means), "cpu")
+    counter.update(torch.zeros(30, 30), torch.arange(30), means)
+    assert counter.read_confusions()["nme"] == {c: {c: 1} for c in classes}
 
 
 def test_means_of_another_dimension_give_no_nme():
