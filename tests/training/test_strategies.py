@@ -42,6 +42,7 @@ from avalanche_memo.models import (
 )
 from avalanche_memo.training import (
     DER,
+    DER_CLASSIFIER,
     MEMO,
     UCIR,
     WA,
@@ -436,6 +437,11 @@ def test_refuses_another_model(strategy):
 def test_der_has_its_long_name():
     """Avalanche's own DER is another method."""
     assert DER.__name__ == "DynamicallyExpandableRepresentation"
+
+
+def test_der_learns_the_classifier_again_by_default():
+    strategy = make("DER", train_epochs=3, later_phases=None)
+    assert list(strategy.later_phases) == [Phase(3), DER_CLASSIFIER]
 
 
 # --- Avalanche's classic benchmarks, on stand-ins of the same files -----------------------------
