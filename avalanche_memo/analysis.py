@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avalanche_memo.models import ExpandableNetwork, StagedBackbone
+from avalanche_memo.models.staged import in_order
 
 __all__ = ["block_features", "block_gradients", "block_shift", "linear_cka", "network_blocks"]
 
@@ -28,7 +29,7 @@ def network_blocks(network: ExpandableNetwork) -> dict[str, nn.Module]:
 
     :param network: the network; the blocks are its own modules, not copies.
     """
-    newest = [stage for block in network.specialized[-1:] for stage in block.children()]
+    newest = [stage for block in network.specialized[-1:] for stage in in_order(block)]
     blocks = {}
     for number, stage in enumerate([*network.generalized, *newest], start=1):
         parts = _parts(stage)

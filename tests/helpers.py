@@ -85,7 +85,7 @@ def tiny_backbone(channels: Sequence[int] = (4, 5, 6), in_channels: int = 1) -> 
 def randomize_norms(module: nn.Module) -> None:
     """Give every norm statistics of its own, so that the mode it runs in shows."""
     for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
+        if isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2.0)
 

@@ -8,6 +8,7 @@ Learning", CVPR 2021.
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from avalanche_memo.models.pruning import (
     masked_layers,
     prune_channels,
 )
-from avalanche_memo.models.staged import StagedBackbone
+from avalanche_memo.models.staged import StagedBackbone, in_order
 
 __all__ = ["UNSEEN_LOGIT", "ExpandableNetwork", "NetworkOutputs", "experience_classes"]
 
@@ -218,7 +219,8 @@ class ExpandableNetwork(DynamicModule):
         :param experience: an Avalanche experience.
         :raises ValueError: if the experience has no data, or class ids below 0.
         """
-        classes = experience_classes(experience)
+        # An online sub-experience has the classes of the one that it was cut from.
+        classes = experience_classes(getattr(experience, "origin_experience", experience))
         if not self.training:
             self._evaluation_width = max(self._evaluation_width, classes[-1] + 1)
         else:
@@ -334,7 +336,7 @@ class ExpandableNetwork(DynamicModule):
         low = self.fast.bfloat16 and has_bfloat16(x.device)
         if self.fast.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+        with _precision(x.device, low):
             maps = _run(self.generalized, x)
             shared = maps[-1] if maps else x
             if not self.expands:
@@ -348,7 +350,7 @@ class ExpandableNetwork(DynamicModule):
     def _frozen_maps(self, x: Tensor, low: bool) -> list[Tensor]:
         """Return the last maps of the older blocks, oldest first."""
         if not self.fast.fold_frozen:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            with _precision(x.device, low):
                 return [last_map(block, x) for block in self.specialized[:-1]]
         dtype = torch.bfloat16 if low else torch.float32
         for block in self.specialized[len(self._folded) : -1]:
@@ -421,9 +423,14 @@ class ExpandableNetwork(DynamicModule):
         return {**self.__dict__, "outputs": None, "_folded": []}
 
 
+def _precision(device: torch.device, low: bool) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16; otherwise a user's own autocast, if any, stays in force."""
+    return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
 def _run(stages: nn.Module, x: Tensor) -> list[Tensor]:
     maps = []
-    for stage in stages.children():
+    for stage in in_order(stages):
         x = stage(x)
         maps.append(x)
     return maps

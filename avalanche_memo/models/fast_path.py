@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from avalanche_memo.models.cifar_resnet import CifarBlock
 from avalanche_memo.models.imagenet_resnet import OpenBlock
 from avalanche_memo.models.pruning import Residual
+from avalanche_memo.models.staged import in_order
 
 __all__ = ["FastPath", "compiled_last_map", "fold_batch_norm", "has_bfloat16", "last_map"]
 
@@ -86,7 +87,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def last_map(block: nn.Module, x: Tensor) -> Tensor:
     """Return the output of the last of a block's stages."""
-    for stage in block.children():
+    for stage in in_order(block):
         x = stage(x)
     return x
 
@@ -113,10 +114,15 @@ def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     folded = copy.deepcopy(block).eval().requires_grad_(False)
     for parent in folded.modules():
-        # Not a subclass: its children may run in another order.
-        children = list(parent.named_children()) if type(parent) in _RUN_IN_ORDER else []
-        for (name, first), (next_name, second) in pairwise(children):
-            if isinstance(first, nn.Conv2d) and type(second) is nn.BatchNorm2d:
+        # No subclasses: they may compute something else. named_children() would skip a module that
+        # occurs again, and so show some side by side that are not.
+        children = parent._modules.items() if type(parent) in _RUN_IN_ORDER else ()
+        for (name, first), (next_name, second) in pairwise(list(children)):
+            if (
+                type(first) is nn.Conv2d
+                and type(second) is nn.BatchNorm2d
+                and second.track_running_stats
+            ):
                 setattr(parent, name, fuse_conv_bn_eval(first, second))
                 setattr(parent, next_name, nn.Identity())
     for module in folded.modules():

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["StagedBackbone"]
+__all__ = ["StagedBackbone", "in_order"]
+
+
+def in_order(stages: nn.Module) -> list[nn.Module]:
+    """Return the stages of a block; ``children()`` would skip one that stands there again."""
+    return [stage for stage in stages._modules.values() if stage is not None]
 
 
 class StagedBackbone(nn.Module):

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from avalanche.benchmarks import split_online_stream
 from avalanche.models.dynamic_modules import avalanche_model_adaptation
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import (
     ExpandableNetwork,
+    FastPath,
     StagedBackbone,
     cifar_resnet,
     convnet2,
@@ -106,6 +108,20 @@ def test_a_repeated_experience_does_not_grow(api, experiences):
     for experience in make_benchmark(api).train_stream[:experiences]:
         avalanche_model_adaptation(network, experience)
     assert all(a is b for a, b in zip(parameters, network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_grows_once_for_all_sub_experiences_of_an_online_stream(api):
+    benchmark = make_benchmark(api, experiences=2)
+    network = ExpandableNetwork(tiny_backbone, 2)
+    strategy = memo(network)
+    for experience in benchmark.train_stream:
+        # Unshuffled, a sub-experience has images of one class alone.
+        for part in split_online_stream([experience], experience_size=6, shuffle=False):
+            strategy.train(part)
+            strategy.eval(benchmark.test_stream)
+    assert network.growth == [sorted(ORDER[:5]), sorted(ORDER[5:])]
+    assert len(network.specialized) == 2
 
 
 def test_an_experience_of_seen_and_unseen_classes_grows_for_the_unseen_ones():
@@ -481,6 +497,20 @@ def test_a_network_that_shares_all_stages_has_no_auxiliary_head():
 
 
 # --- outputs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared_stages", [0, 2, 4])
+def test_a_stage_may_stand_in_several_places(shared_stages):
+    pool = nn.MaxPool2d(2)
+    backbone = StagedBackbone([nn.Conv2d(1, 4, 1), pool, nn.Conv2d(4, 4, 1), pool], 4)
+    maps = backbone.stage_maps(images())
+    network = ExpandableNetwork(lambda: copy.deepcopy(backbone), shared_stages)
+    network.grow([0, 1])
+    network(images())
+    torch.testing.assert_close(network.outputs.stage_maps, maps)
+    network.use(FastPath(bfloat16=False)).grow([2, 3])
+    frozen_features = network.extract_features(images())[:, :4]
+    torch.testing.assert_close(frozen_features, StagedBackbone.pool(maps[-1]))
 
 
 @pytest.mark.parametrize("shared_stages", [0, 1, 2, 3])

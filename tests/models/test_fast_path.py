@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn.utils.parametrizations import weight_norm
 
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import (
@@ -93,16 +94,38 @@ class NormFirst(nn.Module):
         return self.convolution(self.norm(x))
 
 
+class Shifted(nn.Conv2d):
+    """A convolution with other weights than the ones it holds."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight + 1, self.bias)
+
+
+RELU = nn.ReLU()
+
+
 @pytest.mark.parametrize(
     "block",
     [
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 1), nn.MaxPool2d(2), nn.BatchNorm2d(3)),
+        nn.Sequential(RELU, nn.Conv2d(3, 3, 1), RELU, nn.BatchNorm2d(3)),
         NormFirst(),
+        nn.Sequential(Shifted(3, 3, 1), nn.BatchNorm2d(3)),
+        nn.Sequential(weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
     ],
-    ids=["relu_between", "pooling_between", "own_order"],
+    ids=[
+        "relu_between",
+        "pooling_between",
+        "relu_again_between",
+        "own_order",
+        "other_convolution",
+        "parametrized_convolution",
+        "no_statistics",
+    ],
 )
-def test_a_batch_norm_that_follows_no_convolution_stays(block):
+def test_a_batch_norm_that_cannot_be_folded_stays(block):
     randomize_norms(block)
     block.double().eval()
     images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
@@ -135,6 +158,14 @@ def test_all_parts_together_evaluate_as_the_plain_network(shared):
         expected, got = plain(images), fast(images)
     assert (got - expected).abs().max() <= 0.05 * expected.abs().max()
     assert got.dtype == fast.outputs.features.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fast", [False, FastPath(bfloat16=False)], ids=["plain", "folded"])
+def test_a_users_own_autocast_stays_in_force(fast):
+    network = grown(0, experiences=2).use(fast).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(2, 3, 16, 16))
+    assert {maps.dtype for maps in network.outputs.stage_maps} == {torch.bfloat16}
 
 
 def test_nothing_is_recorded_for_backward_where_nothing_behind_a_frozen_block_learns():
