@@ -157,7 +157,7 @@ def loader_epochs(fast: bool, device: str) -> list[float]:
     else:
         loader = TaskBalancedDataLoader(dataset, batch_size=BATCH, shuffle=True)
     # Batches are dropped as training drops them: to keep them would measure page faults.
-    return [seconds(lambda: deque(loader, maxlen=0)) for _ in range(3)]
+    return [seconds(lambda: deque(loader, maxlen=0), device) for _ in range(3)]
 
 
 def herding(fast: bool, n: int, dim: int, m: int) -> list[float]:
@@ -223,21 +223,18 @@ def ceilings(device: str) -> tuple[float, float]:
     other = torch.empty_like(data)
 
     def rate(amount: float, work: Callable[[], Any]) -> float:
-        def done() -> None:
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        done()
-        return amount / statistics.median(seconds(done) for _ in range(5))
+        work()
+        return amount / statistics.median(seconds(work, device) for _ in range(5))
 
     return rate(2 * 4096**3, lambda: matrix @ matrix), rate(2**28, lambda: other.copy_(data))
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Return how long a piece of work takes."""
+def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
+    """Return how long a piece of work takes, all of it that is done on a device."""
     started = time.perf_counter()
     work()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 

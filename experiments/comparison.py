@@ -208,26 +208,44 @@ def group(runs: Mapping[str, Mapping[str, Any]], average: Sequence[str] = ("seed
     """
     methods = list(METHOD_NAMES)
     configs = [_resolved(result["config"]) for result in runs.values()]
-    labels = [_without_images(config) for config in configs]
-    members: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-    for config, label, result in zip(configs, labels, runs.values(), strict=True):
-        method = config["method"]
-        alike = [other for other in labels if other["method"] == method]
-        options = [
-            _label(name, label[name], [other[name] for other in alike])
-            for name in label
-            if name not in (*average, *_POINT, "device")
-            and len({_text(other[name]) for other in alike}) > 1
-        ]
-        point = [_text(config[name]) for name in (*_POINT, "first", "later")]
-        key = (methods.index(method), ", ".join([METHOD_NAMES[method], *options]), *point)
-        members[key].append((tuple(config[name] for name in average), result))
+    for known in ([_without_images(config) for config in configs], configs):
+        members: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
+        for config, label, result in zip(
+            configs, _labels(known, average), runs.values(), strict=True
+        ):
+            place = methods.index(config["method"]), label, *(_text(config[n]) for n in _POINT)
+            phases = [_text(config[name]) for name in ("first", "later") if name not in average]
+            members[(*place, *phases)].append((tuple(config[name] for name in average), result))
+        if len({key[: 2 + len(_POINT)] for key in members}) == len(members):
+            break  # Else two would have one name, but for the images of their phases.
     groups = []
     for (method, label, backbone, *_), own in members.items():
-        seeds, results = zip(*sorted(own, key=lambda run: run[0]), strict=True)
+        ordered = sorted(own, key=lambda run: [_order(value) for value in run[0]])
+        seeds, results = zip(*ordered, strict=True)
         groups.append((method, Group(label, backbone, _memory(results), seeds, results)))
     groups.sort(key=lambda pair: (pair[0], pair[1].method, pair[1].budget))
     return [own for _, own in groups]
+
+
+def _labels(configs: Sequence[Mapping[str, Any]], average: Sequence[str]) -> list[str]:
+    """Return each run's method and the options by which it differs from others of that method."""
+    labels = []
+    for config in configs:
+        alike = [other for other in configs if other["method"] == config["method"]]
+        options = [
+            _label(name, config[name], [other[name] for other in alike])
+            for name in config
+            if name not in (*average, *_POINT, "device")
+            and len({_text(other[name]) for other in alike}) > 1
+        ]
+        labels.append(", ".join([METHOD_NAMES[config["method"]], *options]))
+    return labels
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Return what sorts numbers by size, and other values behind them."""
+    number = isinstance(value, int | float)
+    return not number, value if number else 0, "" if number else _text(value)
 
 
 def curves(groups: Sequence[Group]) -> dict[str, list[Group]]:

@@ -53,7 +53,8 @@ class Config:
     :param attention: cbam puts it into every block (resnet*, four_stage_resnet).
     :param shared_stages: stages shared; the method's own number where it is not given (all but
         the last for MEMO).
-    :param train_generalized: whether the generalized blocks learn after the first experience.
+    :param train_generalized: whether the generalized blocks learn after the first experience
+        (MEMO).
     :param gradient_through_frozen: whether the loss reaches them through the frozen blocks.
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
@@ -157,6 +158,9 @@ class Config:
                 raise ValueError(
                     f"{name}: expected a number of at least 0, got {getattr(self, name)}"
                 )
+        for name in ("seed", "class_order_seed"):
+            if getattr(self, name) >= 2**32:
+                raise ValueError(f"{name}: expected less than 2**32, got {getattr(self, name)}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected a number of at least 1, got {self.batch_size}")
         if not self.first or not self.later:
@@ -254,7 +258,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
             parser.error(
                 f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
             )
-        if len(given := list(arguments if arguments is not None else sys.argv[1:])) > 2:
+        given = list(arguments if arguments is not None else sys.argv[1:])
+        if len(given) > (1 if given[0].startswith("--resume=") else 2):
             parser.error(f"--resume: expected a folder and no further options, got {given}")
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
     return _config(parser, namespace)

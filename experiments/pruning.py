@@ -19,6 +19,7 @@ import torch
 
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.training.checkpoint import Checkpoint
 from experiments.comparison import check_protocol
 from experiments.config import Config
 from experiments.figures import new_figure, save_figure
@@ -89,9 +90,12 @@ def _read(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]]:
     config = stored_config(folder)
     if config.method not in ("der", "memo"):
         raise ValueError(f"folder: expected a run of DER or MEMO, got {config.method} in {folder}")
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     results = json.loads((folder / "results.json").read_text())
-    return config, results, state["state"]["model"]["_extra_state"]
+    state, refused = Checkpoint(folder / "checkpoint.pt", config.fingerprint()).load()
+    structure = {"growth": []} if state is None else state["model"]["_extra_state"]
+    if len(structure["growth"]) < len(results["classes"]):
+        raise ValueError(f"folder: expected a checkpoint of the last experience, {refused}")
+    return config, results, structure
 
 
 def _network(config: Config, structure: dict[str, Any], n: int) -> ExpandableNetwork:
@@ -197,11 +201,12 @@ def _table(head: Sequence[str]) -> list[str]:
 def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw accuracy, parameters and latency against the number of experiences.
 
-    The network without pruning is drawn once, as the first run has it.
+    A network without pruning is drawn once for all runs that have the same.
     """
     figure = new_figure(14.4, 3.6)
     accuracy, *axes = figure.subplots(1, 2 + len(BATCHES))
     readout = next(iter(reports[0]["accuracy"]))
+    drawn: list[list[float]] = []
     for index, each in enumerate(reports):
         rows = each["experiences"]
         numbers = range(1, len(rows) + 1)
@@ -209,13 +214,18 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
         values = [100 * value for value in each["accuracy"][readout]]
         accuracy.plot(numbers, values, color=colour, marker="o", markersize=3)
         for side in rows[0]["parameters"]:
-            if side == "unpruned" and index:
-                continue
             pruned = side == "pruned"
-            look: dict[str, Any] = {"color": colour if pruned else "black", "markersize": 3}
-            look |= {"linestyle": "-" if pruned else "--", "marker": "o"}
-            label = each["run"] if pruned or not each["survival"] else "without pruning"
             counts = [row["parameters"][side] / 1e6 for row in rows]
+            if not pruned and counts in drawn:
+                continue
+            label = each["run"]
+            if not pruned and each["survival"]:
+                label = f"{label}, without pruning" if drawn else "without pruning"
+            own_colour = colour if pruned or drawn else "black"
+            look: dict[str, Any] = {"color": own_colour, "marker": "o", "markersize": 3}
+            look["linestyle"] = "-" if pruned else "--"
+            if not pruned:
+                drawn.append(counts)
             axes[0].plot(numbers, counts, label=label, **look)
             for batch, panel in zip(BATCHES, axes[1:], strict=True):
                 low, median, high = 1e3 * np.array([row["latency"][batch][side] for row in rows]).T

@@ -21,6 +21,7 @@ Rows of one name are one method's readouts.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class _Row:
             ", ".join(str(seed) for (seed,) in self.own.seeds),
             minutes.text(0),
             f"{environment['device']}, threads: {environment['threads']}",
-            f"`--config {os.path.relpath(self.folders[0] / 'config.yaml')}`",
+            f"`--config {shlex.quote(os.path.relpath(self.folders[0] / 'config.yaml'))}`",
         ]
 
 

@@ -87,7 +87,7 @@ __all__ = [
     "stored_config",
 ]
 
-_MASKED = ("memo", "der")
+_EXPANDING = ("memo", "der")
 _FIRST_EXPERIENCE = "first_experience.pt"
 _DATA = "data.txt"
 
@@ -115,7 +115,7 @@ def check(config: Config) -> None:
     """
     try:
         torch.empty(0, device=None if config.device == "auto" else config.device)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: expected auto or a device that is there, {error}") from None
     if config.start_from is not None and not (config.folder / "checkpoint.pt").exists():
         if config.keep_models:
@@ -124,10 +124,22 @@ def check(config: Config) -> None:
                 "experience, got true"
             )
         _donor(Path(config.start_from), config)
-    train = make_benchmark(config).train_stream
+    try:
+        train = make_benchmark(config).train_stream
+    except RuntimeError as error:  # Files of CIFAR-100 that are damaged.
+        raise ValueError(str(error)) from None
     rates, nowhere = _memory_rates(config, train), Checkpoint("checkpoint.pt")
     config = replace(config, device="cpu")
     strategy, _ = _strategy(config, rates, nowhere, [], BaseLogger())
+    image = train[0].dataset.eval()[0][0]
+    try:
+        with torch.no_grad():
+            strategy.model.eval().extract_features(image[None])
+    except RuntimeError as error:
+        raise ValueError(
+            f"backbone: expected one for images of shape {tuple(image.shape)}, "
+            f"got {config.backbone}: {error}"
+        ) from None
     strategy.experience = train[0]
     for plugin in strategy.plugins:  # The memory compares its size with the stream.
         plugin.before_train_dataset_adaptation(strategy)
@@ -311,6 +323,9 @@ def data_digest(config: Config) -> str | None:
     root = _data_root(config)
     if config.benchmark != "image_folder" or root is None:
         return None
+    for part in ("train", "val"):
+        if not (Path(root) / part).is_dir():
+            raise FileNotFoundError(f"data_root: expected a folder with {part}/, got {root}")
     classes = sorted(
         (part, folder.name, len(list(folder.iterdir())))
         for part in ("train", "val")
@@ -371,11 +386,16 @@ def _memory_rates(config: Config, stream: Any) -> MemoryRates | None:
 
 def make_network(config: Config) -> ExpandableNetwork:
     """Return the network that a configuration says, before it has learned anything."""
-    masked = config.method in _MASKED and config.sparsity_weight != 0
+    masked = config.method in _EXPANDING and config.sparsity_weight != 0
     if config.sparsity_weight != 0 and not masked:
         raise ValueError(
             f"sparsity_weight: expected 0 for {config.method}, which has no masks, "
             f"got {config.sparsity_weight}"
+        )
+    if not config.train_generalized and config.method not in _EXPANDING:
+        raise ValueError(
+            f"train_generalized: expected true for {config.method}, all of whose network is "
+            "generalized, got false"
         )
     backbone = _backbone(config)
     stages = len(backbone.stages)
@@ -626,7 +646,9 @@ def stored_config(folder: Path) -> Config:
 
 def _refuse_other(name: str, folder: Path, stored: dict[str, Any], own: dict[str, Any]) -> None:
     different = [
-        f"{key}: {stored[key]} there, {own[key]} here" for key in own if stored[key] != own[key]
+        f"{key}: {stored.get(key)} there, {own.get(key)} here"
+        for key in stored | own
+        if stored.get(key) != own.get(key)
     ]
     if different:
         raise ValueError(
@@ -683,9 +705,10 @@ def main(arguments: list[str] | None = None) -> None:
     for method in config.against:
         # A folder of its own: named after the method, or beside the one that was given.
         folder = config.run_folder and f"{config.run_folder}-{method}"
-        own = {"shared_stages": None, "start_from": None, "run_folder": folder}
-        masks = {} if method in _MASKED else {"sparsity_weight": 0.0}
-        configs.append(replace(config, method=method, against=[], **own, **masks))
+        own: dict[str, Any] = {"shared_stages": None, "start_from": None, "run_folder": folder}
+        if method not in _EXPANDING:
+            own |= {"sparsity_weight": 0.0, "train_generalized": True}
+        configs.append(replace(config, method=method, against=[], **own))
     try:
         for each in configs:
             check_folder(each)

@@ -120,8 +120,12 @@ def load(path: Path) -> Sweep:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         root = config.data_root or os.environ.get("AVALANCHE_MEMO_DATA")
+        start = config.start_from
         runs[name] = replace(
-            config, run_folder=str(folder / name), data_root=root and str(Path(root).absolute())
+            config,
+            run_folder=str(folder / name),
+            data_root=root and str(Path(root).absolute()),
+            start_from=start and str(Path(start).absolute()),
         )
     if not runs:
         raise ValueError("axes: expected at least one run, got only combinations left out")
@@ -152,9 +156,10 @@ def check_runs(sweep: Sweep) -> None:
     for name, config in sweep.runs.items():
         try:
             check_folder(config)
-            if (apart_from_seed := json.dumps(config.identity() | {"seed": 0})) not in built:
+            apart_from_seed = config.identity() | {"seed": 0, "start_from": config.start_from}
+            if (key := json.dumps(apart_from_seed)) not in built:
                 check(config)
-                built.add(apart_from_seed)
+                built.add(key)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{name}: {error}") from None
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 
 from avalanche_memo.models import ExpandableNetwork, cifar_resnet
 from experiments.config import parse
-from experiments.pruning import main, report, survival
+from experiments.pruning import draw, main, report, survival
 from experiments.run import make_network, run
 
 ARGUMENTS = [
@@ -152,6 +153,36 @@ def test_refuses_runs_that_are_not_alike(finished, tmp_path, capsys, option, mes
     with pytest.raises(SystemExit):
         main([str(finished), str(tmp_path), "--out", str(tmp_path / "out")])
     assert message in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(finished, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    shutil.copytree(finished, folder)
+    (folder / "checkpoint.pt.previous").unlink()
+    (folder / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:2000])
+    with pytest.raises(SystemExit):
+        main([str(folder), "--out", str(tmp_path / "out")])
+    message = f"folder: expected a checkpoint of the last experience, .*{folder}/checkpoint.pt"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_network_without_pruning_is_drawn_once_for_runs_that_have_the_same(
+    reported, tmp_path, monkeypatch
+):
+    whole, pruned = json.loads((reported / "pruning.json").read_text())
+    other = json.loads(json.dumps(pruned)) | {"run": "other"}
+    for row in other["experiences"]:
+        row["parameters"]["unpruned"] += 1
+    labels = []
+    monkeypatch.setattr(
+        "experiments.pruning.save_figure",
+        lambda figure, path: labels.append(figure.axes[1].get_legend_handles_labels()[1]),
+    )
+    for each in (whole, pruned, other):
+        for row in each["experiences"]:
+            row["latency"] = {int(batch): sides for batch, sides in row["latency"].items()}
+    draw([whole, pruned, other], tmp_path / "figure.png")
+    assert labels == [["der-whole", "der-pruned", "other", "other, without pruning"]]
 
 
 def test_runs_that_came_to_different_experiences_are_refused(monkeypatch):

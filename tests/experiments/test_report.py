@@ -6,7 +6,7 @@ import shutil
 import statistics
 import subprocess
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -140,6 +140,15 @@ def test_labels_say_what_distinguishes_runs_of_a_method_and_nothing_else(tmp_pat
     ]
 
 
+def test_two_groups_never_have_one_name(tmp_path):
+    for images in (100, 900):
+        later = [*PLAIN.later, replace(CLASSIFIER, images=images)]
+        make_run(tmp_path / f"{images}", replace(PLAIN, later=later))
+    assert {own.name for own in groups_of(tmp_path)} == {
+        f"MEMO, later images {images} in phase 2, resnet8, 200 exemplars" for images in (100, 900)
+    }
+
+
 def compressed_runs(folder):
     """Raw and compressed memories, and runs with a fixed number of images an epoch."""
     webp = Compression("webp", 75)
@@ -222,6 +231,23 @@ def test_class_orders_can_be_averaged_over(tmp_path):
     report([tmp_path], tmp_path / "out", average=["seed", "class_order_seed"])
     [line] = csv.DictReader((tmp_path / "out" / "results.csv").open())
     assert line["runs"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("first", ([Phase(3)], [Phase(4)])),
+        ("samples_per_class", (3, None)),
+        ("increment", (2, 10)),
+    ],
+)
+def test_other_options_can_be_averaged_over(tmp_path, name, values):
+    for i, value in enumerate(reversed(values)):
+        make_run(tmp_path / f"{i}", replace(PLAIN, **{name: value}))
+    [own] = group(read([tmp_path])[0], average=[name])
+    assert [result["config"][name] for result in own.results] == [
+        json.loads(json.dumps(value, default=asdict)) for value in values
+    ]
 
 
 def test_a_phase_for_the_classifier_alone_is_a_part_of_the_method():

@@ -222,6 +222,13 @@ def stop_after(config: Config, epochs: int) -> None:
             run(config)
 
 
+def test_damaged_data_are_refused_before_training(tmp_path):
+    (tmp_path / "cifar-100-python").mkdir()
+    config = short(tmp_path / "run", benchmark="cifar100", data_root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"root: .*cifar-100-python is incomplete or corrupt"):
+        check(config)
+
+
 def test_a_folder_of_another_configuration_is_refused(finished):
     with pytest.raises(ValueError, match=r"run_folder: .*mem_size: 200 there, 100 here"):
         run(short(finished, mem_size=100))
@@ -249,6 +256,9 @@ def test_a_folder_of_a_run_on_other_data_is_refused(two_data_sets, monkeypatch):
     for name in ("names", "numbers"):
         with pytest.raises(ValueError, match=r"run_folder: .* other data \(12 files of 2 classes"):
             run(config(name))
+    shutil.rmtree(two_data_sets / "moved" / "val")
+    with pytest.raises(FileNotFoundError, match=r"data_root: expected a folder with val/, got .*m"):
+        run(config("moved"))
     assert data_digest(Config()) is None
     monkeypatch.setenv("AVALANCHE_MEMO_DATA", str(two_data_sets / "one"))
     unnamed = replace(config("names"), data_root=None)
@@ -278,6 +288,12 @@ def test_a_damaged_run_folder_is_refused_by_name(tmp_path):
     [
         (["--mem_size=11", "--against=[bic]", "--method=replay"], "mem_size: .*two exemplars"),
         (["--device=gpuu"], "device: expected auto or a device that is there, .*gpuu"),
+        (["--backbone=convnet4"], r"backbone: .* images of shape \(1, 8, 8\), got convnet4"),
+        (["--backbone=imagenet_resnet10"], r"backbone: .*\(1, 8, 8\), got imagenet_resnet10"),
+        (
+            ["--train_generalized=false", "--method=replay", "--against=[]"],
+            "train_generalized: expected true for replay",
+        ),
         (["--start_from=nowhere"], "start_from: expected a run folder .* got nowhere"),
         (["--start_from=a", "--keep_models=true"], "keep_models: expected false beside start_from"),
     ],
@@ -361,6 +377,8 @@ def test_table_and_figure_show_the_numbers_of_the_results(finished, tmp_path):
         (["--compression.quality=0"], "quality: expected 1 to 100 or 'auto', got 0"),
         (["--seed=-1"], "seed: expected a number of at least 0, got -1"),
         (["--lr=-1"], "lr: expected a number of at least 0, got -1"),
+        (["--seed=4294967296"], "seed: expected less than 2**32, got 4294967296"),
+        (["--class_order_seed=4294967296"], "class_order_seed: expected less than 2**32"),
         (["--resume=nowhere"], "expected a run folder with a config.yaml, got nowhere"),
     ],
 )
@@ -371,9 +389,11 @@ def test_unknown_configuration_is_refused(arguments, message, capsys):
 
 
 def test_a_run_goes_on_with_no_further_options(finished, capsys):
-    with pytest.raises(SystemExit):
-        parse(["--resume", str(finished), "--seed=77"])
-    assert "--resume: expected a folder and no further options" in capsys.readouterr().err
+    for resume in (["--resume", str(finished)], [f"--resume={finished}"]):
+        assert parse(resume).folder == finished
+        with pytest.raises(SystemExit):
+            parse([*resume, "--seed=77"])
+        assert "--resume: expected a folder and no further options" in capsys.readouterr().err
 
 
 def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
@@ -470,13 +490,17 @@ def test_a_stem_for_small_images_is_the_imagenet_resnets_alone(tmp_path):
         make_network(short(tmp_path, backbone="resnet8_cifar_stem"))
 
 
-def test_methods_run_against_one_with_masks_have_none(tmp_path, monkeypatch, capsys):
+def test_methods_run_against_one_that_expands_have_none_of_its_options(
+    tmp_path, monkeypatch, capsys
+):
     weights = []
     monkeypatch.setattr("experiments.run.run", lambda config: weights.append(config) or {})
     monkeypatch.setattr("experiments.run.accuracy_figure", lambda *_: None)
     monkeypatch.setattr("experiments.run.accuracy_table", lambda _: "")
-    main(["--method=der", "--sparsity_weight=1", "--against=[memo,wa]", f"--run_folder={tmp_path}"])
+    options = ["--sparsity_weight=1", "--train_generalized=false", f"--run_folder={tmp_path}"]
+    main(["--method=der", "--against=[memo,wa]", *options])
     assert [config.sparsity_weight for config in weights] == [1.0, 1.0, 0.0]
+    assert [config.train_generalized for config in weights] == [False, False, True]
 
 
 PODNET = [
@@ -534,6 +558,8 @@ def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch
     larger = [str(tmp_path / "larger"), "--mem_size=60", "--start_from", str(tmp_path / "balanced")]
     with pytest.raises(ValueError, match=r"start_from: .*mem_size: 200 there, 60 here"):
         run(parse([*first, *larger]))
+    with pytest.raises(ValueError, match=r"start_from: .*train_generalized: None there, True here"):
+        run(parse([*first, str(tmp_path / "unlike"), *start]))
     nowhere = ["--start_from", str(tmp_path), "--run_folder", str(tmp_path / "nowhere")]
     with pytest.raises(ValueError, match="start_from: expected a run folder whose first exp"):
         run(parse([*variant, *nowhere]))

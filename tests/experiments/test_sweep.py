@@ -167,6 +167,15 @@ def test_runs_are_checked_before_any_is_trained(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_each_run_that_starts_from_another_is_checked(tmp_path, monkeypatch):
+    starts = "{{1: {{seed: 1}}, 2: {{seed: 2, start_from: gone}}}}"
+    sweep = load(write(tmp_path, **{"seed: [1, 2]": f"seed: {starts}".format()}))
+    starts = {config.start_from for config in sweep.runs.values()}
+    assert starts == {None, str(Path("gone").absolute())}
+    with pytest.raises(ValueError, match=r"b0/memo-small-2: start_from: expected a run folder"):
+        check_runs(sweep)
+
+
 def test_a_folder_of_another_configuration_is_refused(tmp_path):
     sweep = load(write(tmp_path))
     config = sweep.runs["b4/memo-small-seed_2"]
