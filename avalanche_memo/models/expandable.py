@@ -219,8 +219,7 @@ class ExpandableNetwork(DynamicModule):
         :param experience: an Avalanche experience.
         :raises ValueError: if the experience has no data, or class ids below 0.
         """
-        # An online sub-experience has the classes of the one that it was cut from.
-        classes = experience_classes(getattr(experience, "origin_experience", experience))
+        classes = experience_classes(experience)
         if not self.training:
             self._evaluation_width = max(self._evaluation_width, classes[-1] + 1)
         else:
@@ -446,8 +445,11 @@ def _freeze(module: nn.Module) -> None:
 def experience_classes(experience: Any) -> list[int]:
     """Return the class ids of an Avalanche experience of either benchmark API, ascending.
 
+    An online sub-experience has those of the experience that it was cut from.
+
     :raises ValueError: if there is none, or one is below 0.
     """
+    experience = getattr(experience, "origin_experience", experience)
     classes = getattr(experience, "classes_in_this_experience", None)
     if classes is None:
         classes = set(experience.dataset.targets)

@@ -264,7 +264,8 @@ class ProxyCosineClassifier(GrowingClassifier):
         """Set the newest classes' proxies to the centres of their features.
 
         As in PODNet's and UCIR's code, the proxies get the mean length of the older ones. The log
-        says where a class has too few samples (:func:`class_proxies`).
+        says where a class has too few samples (:func:`class_proxies`); without any, as in an online
+        stream's first sub-experience, its proxies stay as they are.
 
         :param features: for each class of the latest growth, in order, its samples' features
             ``[n, D]``.
@@ -276,16 +277,17 @@ class ProxyCosineClassifier(GrowingClassifier):
             raise ValueError(
                 f"features: expected {len(newest) // self.proxies} classes, got {len(features)}"
             )
-        few = sum(len(f) < self.proxies for f in features)
+        few = sum(0 < len(f) < self.proxies for f in features)
         if few:
             log.warning(
                 "proxies: %d classes have fewer samples than their %d proxies, by which each "
                 "sample serves as a proxy",
                 *(few, self.proxies),
             )
-        centres = torch.cat([class_proxies(f, self.proxies, seed) for f in features])
-        older = torch.cat(list(self.weights[:-1]) or [newest])
-        newest.copy_(centres.to(newest) * older.norm(dim=1).mean())
+        length = torch.cat(list(self.weights[:-1]) or [newest]).norm(dim=1).mean()
+        for proxies, own in zip(newest.split(self.proxies), features, strict=True):
+            if len(own):
+                proxies.copy_(class_proxies(own, self.proxies, seed).to(newest) * length)
 
     def similarities(self, features: Tensor) -> Tensor:
         """Return the similarities ``[B, C]``, each from -1 to 1, of features ``[B, D]``."""

@@ -1,5 +1,6 @@
 """Checkpoints of tensors and plain data, from which a killed run goes on to the same numbers."""
 
+import inspect
 import os
 import random
 from collections.abc import Sequence
@@ -27,8 +28,10 @@ class Checkpoint:
     Avalanche's own checkpoints pickle the whole strategy after an experience; these hold tensors
     and plain data (``torch.load(..., weights_only=True)``) and may be taken after any epoch. A
     file is written beside, flushed to the disk and renamed into place, so that a process killed
-    at any moment leaves a whole one. Plugins without a ``state_dict``, such as Avalanche's
-    ``LRSchedulerPlugin``, start afresh on resuming; the schedules of phases do not.
+    at any moment leaves a whole one. Plugins with a ``state_dict()`` of tensors and plain data get
+    it back by ``load_state_dict(state)``, or ``load_state_dict(state, stream)`` with the training
+    stream. Plugins without one, such as Avalanche's ``LRSchedulerPlugin``, start afresh on
+    resuming; the schedules of phases do not.
 
     :param path: the file; its predecessor is kept under the same name with ``.previous`` added.
     :param fingerprint: plain text that tells this run's configuration from another's.
@@ -111,7 +114,12 @@ def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None
         # Weight alignment, which has no state, once saved one.
         states = [saved for saved in state["plugins"] if set(saved) != {"aligned"}]
         for plugin, saved in zip(_stateful(strategy.plugins), states, strict=True):
-            plugin.load_state_dict(saved, stream)
+            try:
+                inspect.signature(plugin.load_state_dict).bind(saved, stream)
+            except TypeError:
+                plugin.load_state_dict(saved)
+            else:
+                plugin.load_state_dict(saved, stream)
     _restore_counts(strategy, state)
     if state["phase"] is not None:
         strategy.resume_from = state

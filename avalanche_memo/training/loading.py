@@ -9,8 +9,11 @@ the strategy's own loader, and the log says so.
 
 import logging
 import math
+import pickle
+import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -77,9 +80,13 @@ def shuffled_loader(
 
     :param strategy: the strategy.
     :param images: how many samples an epoch has at most, drawn anew each time.
+    :param persistent_workers: whether workers live on from epoch to epoch; not in a strategy that
+        saves checkpoints.
     :param kwargs: this and the other arguments are those of `strategy.train`.
     """
     dataset = strategy.adapted_dataset
+    # What a worker draws depends on the epochs that it has seen, which a resumed run can't make up.
+    persistent_workers = persistent_workers and getattr(strategy, "checkpoint", None) is None
     part = images is not None and images < len(dataset)
     return DataLoader(
         dataset,
@@ -141,13 +148,11 @@ class _DecodedImages:
                 yield position, self._images[key][1]
             else:
                 missing.append((position, index))
-        # A generator of its own: whether an image is cached must not move the global one.
         loader: DataLoader[Any] = DataLoader(
             _Decoder(part.leaf, [index for _, index in missing], recipe),
             batch_size=32,
             collate_fn=_as_arrays,  # tensors would keep a file descriptor open each
             num_workers=num_workers,
-            generator=torch.Generator(),
         )
         images = (torch.from_numpy(array) for batch in loader for array in batch)
         for (position, index), image in zip(missing, images, strict=False):
@@ -264,29 +269,47 @@ def _check(
     probability: float,
     samples: set[int],
 ) -> None:
-    """Compare samples with the data set's own, random draws included, and leave no trace.
+    """Compare samples, and the random numbers drawn for them, with the data set's own.
 
     :param others: the row that may stand in for each image, with a probability; its own for none.
     :param probability: see ``others``.
     :param samples: the positions of the samples to compare.
-    :raises UnsupportedError: if a sample differs.
+    :raises UnsupportedError: if a sample differs, or is drawn with other random numbers.
     """
     state = torch.get_rng_state()
-    try:
-        for i in sorted(samples):
-            reference = default_collate([dataset[i]])
-            torch.set_rng_state(state)
-            row = i
-            if others[i] != i and torch.rand(1) < probability:
-                row = int(others[i])
-            drawn = recipe.draw(1, images.shape[2], images.shape[3])
-            torch.set_rng_state(state)
-            index = torch.zeros(1, dtype=torch.int64)
-            x = recipe.gather(recipe.store(images[row : row + 1]), index, drawn)
-            if not _same([x, *(label[i : i + 1] for label in labels)], reference, recipe):
-                raise UnsupportedError(f"sample {i} differs from the data set's own")
-    finally:
+    for i in sorted(samples):
+        before = _other_random_states()
+        reference = default_collate([dataset[i]])
+        after = torch.get_rng_state()
         torch.set_rng_state(state)
+        row = i
+        if others[i] != i and torch.rand(1) < probability:
+            row = int(others[i])
+        drawn = recipe.draw(1, images.shape[2], images.shape[3])
+        if not torch.equal(torch.get_rng_state(), after) or _other_random_states() != before:
+            raise UnsupportedError("the data set draws random numbers of its own")
+        torch.set_rng_state(state)
+        index = torch.zeros(1, dtype=torch.int64)
+        x = recipe.gather(recipe.store(images[row : row + 1]), index, drawn)
+        if not _same([x, *(label[i : i + 1] for label in labels)], reference, recipe):
+            raise UnsupportedError(f"sample {i} differs from the data set's own")
+
+
+def _other_random_states() -> bytes:
+    """Return the states of Python's and numpy's global generators."""
+    return pickle.dumps((random.getstate(), np.random.get_state()))  # noqa: NPY002
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Leave no trace in the global generators."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
 
 
 def _with_both(parts: list[Part], n: int) -> tuple[list[Part], Tensor, float]:
@@ -311,6 +334,7 @@ def _with_both(parts: list[Part], n: int) -> tuple[list[Part], Tensor, float]:
     return both, others, max(probabilities, default=0.0)
 
 
+@_random_states_kept()
 def _make(
     dataset: Any,
     *,
@@ -506,7 +530,8 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
 
     It recognises RandomCrop, RandomHorizontalFlip, ColorJitter (brightness), RandomResizedCrop,
     ToTensor and Normalize, after any Resize, CenterCrop, Pad and Grayscale, which are applied once.
-    Before it takes over, samples are compared with the data set's own from the same random state.
+    Before it takes over, samples are compared with the data set's own from the same random state;
+    of a data set that draws no random numbers, an image is taken to be the same each time.
     Otherwise the strategy's loader stays, and its workers, if `train` was given any, are kept
     through the epochs, unless the strategy saves checkpoints. Loaders that compose their batches
     (`ReplayDataLoader`, several task labels) always stay. Put this plugin after those that set the

@@ -102,10 +102,15 @@ def sample_origins(dataset: AvalancheDataset) -> list[tuple[int, int]]:
 
 
 def pixel_array(leaf: Any) -> Any | None:
-    """Return the uint8 images ``[N, H, W]`` or ``[N, H, W, 3]`` that a leaf holds, if it does."""
+    """Return the uint8 images ``[N, H, W]`` or ``[N, H, W, 3]`` that a leaf holds, if it does.
+
+    Not those of a user's own class, whose `__getitem__` may do anything with them.
+    """
     data = getattr(leaf, "data", None)
+    maker = getattr(type(leaf).__getitem__, "__module__", "").partition(".")[0]
     known = (
-        isinstance(data, (np.ndarray, Tensor))
+        maker in ("torchvision", "avalanche", "avalanche_memo")
+        and isinstance(data, (np.ndarray, Tensor))
         and data.dtype in (np.uint8, torch.uint8)
         and (data.ndim == 3 or (data.ndim == 4 and data.shape[3] == 3))
         and len(data) == len(leaf)

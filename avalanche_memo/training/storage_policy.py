@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "MEMORY_RATES",
     "HerdingBuffer",
     "MemoryRates",
+    "at_least_one",
     "balanced_choice",
     "dataset_features",
     "dataset_logits",
@@ -64,7 +66,7 @@ class MemoryRates:
             )
         object.__setattr__(self, "rates", tuple(rates))
         for name in ("increment", "images_per_class"):
-            _at_least_one(name, getattr(self, name))
+            at_least_one(name, getattr(self, name))
 
     def extra(self, experience: int) -> int:
         """Return how many exemplars more may be held after an experience, counted from 0.
@@ -175,6 +177,7 @@ class HerdingBuffer(ExemplarsBuffer):
         images' files, best first, as fit, and always the best. No pixel of an old class but those
         files is used again.
     :raises ValueError: if a number is below 1.
+    :raises TypeError: if the rates are something else.
     """
 
     def __init__(
@@ -187,9 +190,11 @@ class HerdingBuffer(ExemplarsBuffer):
         compression: Compression | None = None,
         spend_remainder: bool = False,
     ) -> None:
-        _at_least_one("max_size", max_size)
+        at_least_one("max_size", max_size)
         if exemplars_per_class is not None:
-            _at_least_one("exemplars_per_class", exemplars_per_class)
+            at_least_one("exemplars_per_class", exemplars_per_class)
+        if rates is not None and not isinstance(rates, MemoryRates):
+            raise TypeError(f"rates: expected MemoryRates or None, got {rates!r}")
         super().__init__(max_size)
         self.exemplars_per_class = exemplars_per_class
         self.rerank = rerank
@@ -207,6 +212,13 @@ class HerdingBuffer(ExemplarsBuffer):
         if self.compression is not None:
             return sum(map(len, self._files.values()))
         return len(self.buffer) * _raw_bytes(self.buffer) if self.order else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HerdingBuffer":
+        # Data sets never change, and a sample is known by the data set that it is of.
+        memo |= {id(data): data for data in (self.buffer, *(data for _, data in self._sources))}
+        memo[id(self)] = copied = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def quota(self, n_classes: int, experience: int | None = None, place: int | None = None) -> int:
         """Return the exemplars a class holds when ``n_classes`` have been seen.
@@ -249,6 +261,7 @@ class HerdingBuffer(ExemplarsBuffer):
         lowest = 1 if self.compression.quality == "auto" else None
         try:
             size = len(self.compression.encode(original_image(dataset, 0), lowest))
+            through_codec(dataset.subset([0]), self.compression, quality=lowest)
         except UnsupportedError as reason:
             raise ValueError(f"compression: expected images to encode, but {reason}") from None
         room *= _raw_bytes(dataset)
@@ -312,7 +325,7 @@ class HerdingBuffer(ExemplarsBuffer):
         :param new_size: exemplars in all.
         :raises ValueError: if it is smaller than the number of classes held; then nothing changes.
         """
-        _at_least_one("mem_size", new_size)
+        at_least_one("mem_size", new_size)
         if self.exemplars_per_class is None and new_size < len(self.order):
             raise ValueError(
                 f"mem_size: expected at least one exemplar for each of {len(self.order)} classes, "
@@ -444,7 +457,9 @@ def _evaluated(
     """Return what a function of images returns with the model in evaluation mode."""
     dataset = dataset.eval()
     loader = resident_loader(dataset, batch_size, shuffle=False, device=device)
-    batches = loader or DataLoader(dataset, batch_size, collate_fn=dataset.collate_fn)
+    # With a generator of its own: a loader draws a seed, whether or not it needs one.
+    own = {"collate_fn": dataset.collate_fn, "generator": torch.Generator()}
+    batches = loader or DataLoader(dataset, batch_size, **own)
     was_training = model.training
     model.eval()
     outputs = [function(batch[0].to(device)) for batch in batches]
@@ -452,6 +467,10 @@ def _evaluated(
     return torch.cat(outputs)
 
 
-def _at_least_one(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+def at_least_one(name: str, value: Any) -> None:
+    """Check that a number is whole and at least 1.
+
+    :raises ValueError: if it is not; ``name`` is the argument's.
+    """
+    if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

@@ -1,5 +1,6 @@
 """The template that all strategies share: Avalanche's loop, run in phases."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from numbers import Integral
 from typing import Any, Literal
 
 import torch
+from avalanche.models import DynamicModule
 from avalanche.training.plugins import EarlyStoppingPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
@@ -142,8 +144,8 @@ class IncrementalTemplate(SupervisedTemplate):
     """An Avalanche strategy that trains each experience in phases and can be resumed at any epoch.
 
     :param model: the network.
-    :param optimizer: an optimizer with one parameter group; its class and settings serve each
-        phase, which may set its own rate and weight decay.
+    :param optimizer: an optimizer with one parameter group; its class, and its settings as they are
+        now, serve each phase, which may set its own rate and weight decay.
     :param criterion: the main loss.
     :param method_plugins: the plugins that make the method; they run before the user's.
     :param first_phases: phases of the first experience; one of ``train_epochs`` by default.
@@ -151,9 +153,10 @@ class IncrementalTemplate(SupervisedTemplate):
         experience given to ``train``, even if that one is given again.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after each epoch, or ``None``.
-    :raises ValueError: for an optimizer with several groups, for a phase on the exemplars without
-        a memory, for one that is about the classifier with a model without, for a network with
-        masks without a ``SparsityPlugin``, and before training for an experience with no data.
+    :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for a
+        checkpoint of a model with parts of Avalanche's that grow, for a phase on the exemplars
+        without a memory, for one that is about the classifier with a model without, for a network
+        with masks without a ``SparsityPlugin``, and before training for an experience with no data.
     :raises FloatingPointError: if a loss is not finite.
     """
 
@@ -181,7 +184,17 @@ class IncrementalTemplate(SupervisedTemplate):
         **base_kwargs: Any,
     ) -> None:
         for name, phases in (("first_phases", first_phases), ("later_phases", later_phases)):
-            _check(phases is None or len(phases) > 0, name, "at least one phase or None", phases)
+            good = isinstance(phases, Sequence) and len(phases) > 0
+            _check(phases is None or good, name, "a list of at least one phase or None", phases)
+        good = isinstance(train_epochs, Integral) and train_epochs >= 1
+        _check(good, "train_epochs", "a whole number of at least 1", train_epochs)
+        growing = [
+            type(part).__name__
+            for part in model.modules()
+            if isinstance(part, DynamicModule) and not isinstance(part, ExpandableNetwork)
+        ]
+        good = checkpoint is None or not growing
+        _check(good, "checkpoint", f"None for a model with {growing}, which grow", checkpoint)
         if len(optimizer.param_groups) != 1:
             raise ValueError(
                 f"optimizer: expected one parameter group, got {len(optimizer.param_groups)}"
@@ -233,7 +246,9 @@ class IncrementalTemplate(SupervisedTemplate):
         """Epochs of the present phase that are done."""
         self.phase_seed = 0
         self.resume_from: dict[str, Any] | None = None
-        self._settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        own = optimizer.param_groups[0].items()
+        self._settings = {k: v for k, v in own if k not in ("params", "param_names")}
+        self._settings = copy.deepcopy(self._settings)
         self._bad_step = torch.tensor(-1)
 
     def make_optimizer(self, **kwargs: Any) -> None:
@@ -288,8 +303,6 @@ class IncrementalTemplate(SupervisedTemplate):
                 self._enter_phase(phase, resume, **kwargs)
                 resume = None
                 self.train_epochs = phase.epochs - self.phase_epoch
-                # An early stop ends a phase, not the phases after it.
-                self._stop_training = False
                 super()._train_exp(experience, eval_streams, **kwargs)
             finally:  # Whoever interrupts a phase may train on.
                 for parameter, learns in learning:
@@ -297,6 +310,8 @@ class IncrementalTemplate(SupervisedTemplate):
                     parameter.requires_grad_(learns)
                 self.adapted_dataset, self.dataloader = all_data, all_loader
                 self.phase = None
+                # An early stop ends a phase, not the phases after it.
+                self._stop_training = False
                 self.model.train()
 
     def _enter_phase(self, phase: Phase, resume: dict[str, Any] | None, **kwargs: Any) -> None:
@@ -367,7 +382,9 @@ class IncrementalTemplate(SupervisedTemplate):
         The object stays the same, so that a scheduler of the user's goes on steering it.
         """
         own = {"lr": lr, "weight_decay": weight_decay}
-        settings = self._settings | {k: v for k, v in own.items() if v is not None}
+        # A copy: a scheduler changes a rate that is a tensor in place.
+        settings = copy.deepcopy(self._settings)
+        settings |= {k: v for k, v in own.items() if v is not None}
         self.optimizer.state.clear()
         self.optimizer.param_groups.clear()
         self.optimizer.add_param_group(

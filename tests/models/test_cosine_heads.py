@@ -166,7 +166,15 @@ def test_imprinting_refuses_another_number_of_classes():
     with pytest.raises(ValueError, match="features: expected 2 classes, got 3"):
         grown(2).imprint([features_of(4)] * 3)
     with pytest.raises(ValueError, match="features: expected at least one sample, got none"):
-        grown(1).imprint([features_of(0)])
+        class_proxies(features_of(0), 1)
+
+
+def test_a_class_without_samples_keeps_its_proxies():
+    head = grown(2)
+    before = head.weight.detach().clone()
+    head.imprint([features_of(0), features_of(4)])
+    changed = (head.weight != before).any(dim=1)
+    assert changed.view(head.out_features, -1).all(dim=1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

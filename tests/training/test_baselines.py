@@ -581,6 +581,13 @@ def test_bic_needs_two_exemplars_of_each_class_before_training(options):
     assert_same_tensors(tensors_of(trainer.model), before)
 
 
+def test_bic_has_no_phase_on_exemplars_that_it_holds_out():
+    exemplars = Phase(1, learns="classifier", data="exemplars")
+    trainer = make(BiC, later_phases=[Phase(1), exemplars])
+    with pytest.raises(ValueError, match=r"data: BiasCorrectionPlugin expected phases on 'all'"):
+        trainer.train(make_benchmark().train_stream[0])
+
+
 def test_bic_needs_two_samples_of_each_class():
     trainer = make(BiC, exemplars_per_class=2)
     stream = make_benchmark(per_class=1).train_stream

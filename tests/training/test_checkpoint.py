@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
+from avalanche.models import IncrementalClassifier
 from torch import Tensor
 
 from avalanche_memo.models import (
@@ -27,6 +28,7 @@ from avalanche_memo.training import (
     UCIR,
     WA,
     BiC,
+    Finetune,
     ICaRL,
     Joint,
     MemoryRates,
@@ -337,6 +339,37 @@ def test_goes_on_after_a_kill(tmp_path, whole_runs):
     assert strategy.clock.train_exp_counter == 1
     go_on(strategy, make_benchmark().train_stream)
     assert_same_outcome(outcome(strategy), whole_runs())
+
+
+def test_a_plugin_of_the_users_gets_its_state_back(tmp_path):
+    class Counter(SupervisedPlugin):
+        steps = 0
+
+        def after_training_iteration(self, strategy, **kwargs):
+            self.steps += 1
+
+        def state_dict(self):
+            return {"steps": self.steps}
+
+        def load_state_dict(self, state):
+            self.steps = state["steps"]
+
+    path, before, after = tmp_path / "run.pt", Counter(), Counter()
+    strategy = make(path, before)
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    strategy.checkpoint.save(strategy)
+    restored = make(path, after, seed=99)
+    restore(restored, restored.checkpoint.load()[0], stream)
+    assert after.steps == before.steps > 0
+
+
+def test_a_model_that_grows_by_itself_has_no_checkpoint(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Flatten(), IncrementalClassifier(64))
+    options = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)}
+    Finetune(**options)
+    with pytest.raises(ValueError, match=r"checkpoint: expected None .*IncrementalClassifier"):
+        Finetune(**options, checkpoint=Checkpoint(tmp_path / "run.pt"))
 
 
 def test_a_state_that_weight_alignment_once_had_is_passed_over(tmp_path):

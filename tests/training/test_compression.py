@@ -422,6 +422,14 @@ def test_images_that_do_not_fit_are_refused_before_training(mode, side, message)
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_transforms_that_are_not_known_are_refused_before_training():
+    odd = (T.ToTensor(), lambda target: target)
+    dataset = as_classification_dataset(Photos(), transform_groups={"train": odd, "eval": odd})
+    memory = HerdingBuffer(600, compression=Compression("webp", 75, new_images=0))
+    with pytest.raises(ValueError, match=r"compression: expected images to encode, but .*target"):
+        memory.check(dataset, 6)
+
+
 def test_images_that_cannot_be_reached_are_refused_before_training():
     class Floats(Photos):
         def __getitem__(self, index):

@@ -1,6 +1,7 @@
 import copy
 import logging
 import pickle
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,11 +18,13 @@ from avalanche.benchmarks.utils.data_loader import (
 )
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.training import Naive
+from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from PIL import Image
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision import transforms as T
+from torchvision.datasets import CIFAR10
 
 from avalanche_memo.training.batch_transforms import (
     Brightness,
@@ -31,7 +34,12 @@ from avalanche_memo.training.batch_transforms import (
     RandomResizedCrop,
     parse_transforms,
 )
-from avalanche_memo.training.loading import ResidentBatches, ResidentLoader, resident_loader
+from avalanche_memo.training.loading import (
+    ResidentBatches,
+    ResidentLoader,
+    resident_loader,
+    shuffled_loader,
+)
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 CIFAR = T.Compose(
@@ -51,18 +59,13 @@ def pixels(n: int, *shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
 
 
-class ArrayImages(Dataset):
-    """Like torchvision's CIFAR10: uint8 images in memory."""
+class ArrayImages(CIFAR10):
+    """uint8 images in memory."""
 
     def __init__(self, n=60, shape=(16, 16, 3), classes=6, seed=0):
         self.data = pixels(n, *shape, seed=seed)
         self.targets = [i % classes for i in range(n)]
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, i):
-        return Image.fromarray(self.data[i]), self.targets[i]
+        self.transforms = self.transform = self.target_transform = None
 
 
 class FileImages(Dataset):
@@ -84,6 +87,17 @@ class FileImages(Dataset):
 class Inverted(ArrayImages):
     def __getitem__(self, i):
         return Image.fromarray(255 - self.data[i]), self.targets[i]
+
+
+class Drawn(ArrayImages):
+    """Images that are dark now and then."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def __getitem__(self, i):
+        return Image.fromarray(self.data[i] // (1 + int(self.draw() < 0.1))), self.targets[i]
 
 
 def nc(train=None, test=None, n=3, train_transform=CIFAR, eval_transform=EVAL, **kwargs):
@@ -380,13 +394,8 @@ def test_torchvision_leaf_transforms_and_avalanche_mnist():
     assert_same_batches(resident_loader(dataset, 4), DataLoader(dataset, 4))
 
     leaf = ArrayImages()
-    leaf.transform, leaf.target_transform = EVAL, None
+    leaf.transform = EVAL
     dataset = nc(leaf, leaf, 3, None, None).test_stream[0].dataset.eval()
-
-    def transformed(i):
-        return EVAL(Image.fromarray(leaf.data[i])), leaf.targets[i]
-
-    leaf.__class__ = type("Own", (ArrayImages,), {"__getitem__": lambda self, i: transformed(i)})
     assert_same_batches(resident_loader(dataset, 4), DataLoader(dataset, 4))
 
 
@@ -426,7 +435,6 @@ def test_channels_last():
 
 def doubtful():
     return {
-        "samples unlike .data": nc(Inverted()),
         "unknown transform": nc(train_transform=T.Compose([T.RandomErasing(), CIFAR])),
         "crop too large": nc(train_transform=T.Compose([T.RandomCrop(99), EVAL])),
         "target transform": nc(train_transform=(CIFAR, lambda y: y)),
@@ -439,11 +447,22 @@ def test_doubtful_data_sets_have_no_resident_loader(name):
     assert resident_loader(doubtful()[name].train_stream[0].dataset.train(), 7) is None
 
 
-def test_every_leaf_is_checked():
+def test_images_are_those_that_a_class_of_the_users_makes_of_its_data():
     first, other = nc().train_stream[0].dataset, nc(Inverted()).train_stream[0].dataset
+    both = other.subset([0, 1]).concat(first).eval()
+    assert_same_batches(resident_loader(both, 7), DataLoader(both, 7))
+
+
+@pytest.mark.parametrize("draw", [lambda: float(torch.rand(())), random.random, np.random.rand])
+def test_a_leaf_that_draws_random_numbers_has_no_resident_loader(draw):
+    first, other = nc().train_stream[0].dataset, nc(Drawn(draw)).train_stream[0].dataset
     both = other.subset([0]).concat(first)
     both = both.subset([*range(1, 18), 0, 18, 19])  # neither first, last nor in the middle
+    RNGManager.set_random_seeds(0)
+    expected = draw()
+    RNGManager.set_random_seeds(0)
     assert resident_loader(both.eval(), 7) is None
+    assert draw() == expected
 
 
 def test_other_data_sets_have_no_resident_loader():
@@ -575,6 +594,15 @@ def test_only_plain_loaders_are_replaced(name):
         assert strategy.dataloader.shuffle is (name in ("plain", "a part"))
         assert len(strategy.dataloader) == len(loader)
         assert sum(len(y) for _, y, *_ in strategy.dataloader) == (5 if name == "a part" else 20)
+
+
+def test_workers_do_not_live_on_beside_checkpoints():
+    dataset = nc().train_stream[0].dataset.train()
+    strategy = SimpleNamespace(adapted_dataset=dataset, train_mb_size=6, device=torch.device("cpu"))
+    assert shuffled_loader(strategy, num_workers=1, persistent_workers=True).persistent_workers
+    strategy.checkpoint = object()
+    loader = shuffled_loader(strategy, num_workers=1, persistent_workers=True)
+    assert not loader.persistent_workers
 
 
 def options_of(loader):

@@ -1,3 +1,4 @@
+import copy
 from collections import Counter
 from types import SimpleNamespace
 
@@ -15,7 +16,11 @@ from torchvision.transforms import Compose, ToTensor
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training import MEMORY_RATES, MemoryRates, Replay
 from avalanche_memo.training.plugins import HerdingReplayPlugin
-from avalanche_memo.training.storage_policy import HerdingBuffer, herding_order
+from avalanche_memo.training.storage_policy import (
+    HerdingBuffer,
+    dataset_features,
+    herding_order,
+)
 from tests.helpers import APIS, ORDER, grey_images, make_benchmark, silent, tiny_backbone
 from tests.reference.herding import class_mean, herding, unit
 
@@ -425,6 +430,39 @@ def test_bytes_of_exemplars():
     assert buffer.exemplar_bytes == 0
     fill(buffer, make_benchmark().train_stream[:2])
     assert buffer.exemplar_bytes == 4 * 2 * 8 * 8
+
+
+@pytest.mark.parametrize("transform", [ToTensor(), Compose([ToTensor(), nn.ReLU()])])
+def test_features_are_computed_without_random_numbers(transform):
+    groups = {"train": (None, None), "eval": (transform, None)}
+    dataset = as_classification_dataset(grey_images(), transform_groups=groups)
+    model, state = network(), torch.get_rng_state()
+    dataset_features(model, dataset, "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_means_are_those_of_the_exemplars_held_now():
+    strategy = Replay(model=network(), optimizer=sgd(network()), mem_size=12, evaluator=silent())
+    plugin = strategy.plugins[0]
+    assert plugin.class_means(strategy) is None
+    strategy.train(make_benchmark(per_class=9).train_stream[0])
+    before = plugin.class_means(strategy)[1]
+    assert plugin.class_means(strategy)[1] is before
+    plugin.buffer.resize(strategy, 2)
+    assert not torch.allclose(plugin.class_means(strategy)[1], before)
+
+
+def test_a_copied_strategy_sees_a_sample_once_when_an_experience_comes_again():
+    model = network()
+    strategy = Replay(model=model, optimizer=sgd(model), mem_size=20, evaluator=silent())
+    stream = make_benchmark().train_stream
+    for experience in stream[:2]:
+        strategy.train(experience)
+    copied = copy.deepcopy(strategy)
+    for each in (strategy, copied):
+        seen = each.plugins[0].buffer.besides(stream[0])
+        assert {int(t) for t in seen.targets} == set(ORDER[2:4])
+    assert copied.plugins[0].buffer.order is not strategy.plugins[0].buffer.order
 
 
 # --- in strategies ------------------------------------------------------------------------------

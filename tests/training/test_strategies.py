@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from avalanche.benchmarks import split_online_stream
 from avalanche.benchmarks.classic import (
     SplitCIFAR10,
     SplitCIFAR100,
@@ -432,6 +433,43 @@ def test_refuses_another_model(strategy):
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"model: .* expected .*ExpandableNetwork, got Linear"):
         strategy(model=model, optimizer=sgd(model))
+
+
+class Monitor(SupervisedPlugin):
+    """Runs the model on other images, between a batch's forward pass and its loss."""
+
+    def after_forward(self, strategy, **kwargs):
+        modes = [(module, module.training) for module in strategy.model.modules()]
+        with torch.no_grad():
+            strategy.model.eval()(torch.zeros(4, 1, 8, 8))
+        for module, training in modes:
+            module.training = training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plugin_may_run_the_model_between_forward_pass_and_loss(method):
+    trained = []
+    for plugins in ([], [Monitor()]):
+        strategy = make(method, plugins=plugins)
+        for experience in make_benchmark().train_stream[:2]:
+            strategy.train(experience)
+        trained.append(tensors_of(strategy.model))
+    assert_same_tensors(*trained)
+
+
+@pytest.mark.parametrize("boundaries", [False, True])
+@pytest.mark.parametrize("method", METHODS.keys() - {"Joint"})
+def test_online_streams(method, boundaries):
+    benchmark = make_benchmark(experiences=2, per_class=12)
+    strategy = make(method, evaluator=seen_accuracy())
+    for experience in benchmark.train_stream:
+        parts = split_online_stream(
+            [experience], experience_size=20, access_task_boundaries=boundaries, seed=0
+        )
+        for part in parts:
+            strategy.train(part)
+            strategy.eval(benchmark.test_stream)
+    assert strategy.model.growth == [sorted(ORDER[:5]), sorted(ORDER[5:])]
 
 
 def test_der_has_its_long_name():

@@ -3,13 +3,14 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
-from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin
+from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin, LRSchedulerPlugin
 from torch import nn
 
 from avalanche_memo.models import ExpandableNetwork
@@ -238,6 +239,61 @@ def test_an_early_stop_ends_a_phase_and_not_the_next(last):
     strategy = make(MEMO, 2, record, Stop(), first_phases=phases)
     strategy.train(make_benchmark().train_stream[0])
     assert record.rates == [[0.05] * (last + 1) + [0.3] * 3]
+
+
+def test_an_experience_may_be_stopped_before_it_begins():
+    class Stop(SupervisedPlugin):
+        def before_training_exp(self, strategy, **kwargs):
+            if strategy.clock.train_exp_counter == 0:
+                strategy.stop_training()
+
+    record = Record()
+    strategy = make(MEMO, 2, record, Stop(), train_epochs=2)
+    for experience in make_benchmark().train_stream[:2]:
+        strategy.train(experience)
+    assert record.rates == [[], [0.05] * 2]
+
+
+def test_a_rate_that_is_a_tensor_starts_afresh_in_each_phase():
+    model = ExpandableNetwork(tiny_backbone, 3)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=torch.tensor(0.1))
+    scheduler = LRSchedulerPlugin(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    rates = []
+
+    class Rates(SupervisedPlugin):
+        def before_training_epoch(self, strategy, **kwargs):
+            rates.append(float(strategy.optimizer.param_groups[0]["lr"]))
+
+    strategy = Finetune(
+        model=model,
+        optimizer=optimizer,
+        first_phases=[Phase(3), Phase(2)],
+        plugins=[Rates(), scheduler],
+        train_mb_size=6,
+        evaluator=silent(),
+    )
+    strategy.train(make_benchmark().train_stream[0])
+    assert rates == pytest.approx([0.1, 0.05, 0.025, 0.1, 0.05])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"later_phases": Phase(2)}, "later_phases: expected a list of at least one phase or None"),
+        ({"first_phases": []}, "first_phases: expected a list of at least one phase or None"),
+        ({"train_epochs": 0}, "train_epochs: expected a whole number of at least 1, got 0"),
+        ({"mem_size": 0}, "mem_size: expected a whole number of at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_their_names(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(Replay, 3, **options)
+    with pytest.raises(TypeError, match=r"rates: expected MemoryRates or None, got \(0.1, 0.2\)"):
+        make(Replay, 3, memory_rates=(0.1, 0.2))
+
+
+def test_a_memory_may_have_a_size_of_numpys():
+    assert make(Replay, 3, mem_size=np.int64(20)).plugins[0].buffer.max_size == 20
 
 
 def test_avalanches_early_stopping_watches_each_phase_by_itself():

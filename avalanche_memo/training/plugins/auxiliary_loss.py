@@ -5,15 +5,14 @@ import math
 from typing import Any
 
 import torch.nn.functional as F
-from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_memo.training.losses import auxiliary_targets
-from avalanche_memo.training.plugins.checks import check_network
+from avalanche_memo.training.plugins.checks import BatchOutputs, check_network
 
 __all__ = ["AuxiliaryLossPlugin"]
 
 
-class AuxiliaryLossPlugin(SupervisedPlugin):
+class AuxiliaryLossPlugin(BatchOutputs):
     """Add the auxiliary classifier's cross-entropy, from the second experience on.
 
     ``L = L_main + w * L_aux`` (DER, MEMO), or with ``convex`` the mix
@@ -40,7 +39,7 @@ class AuxiliaryLossPlugin(SupervisedPlugin):
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the loss to ``strategy.loss``."""
         network = strategy.model
-        logits = network.outputs.auxiliary_logits
+        logits = self.outputs().auxiliary_logits
         if logits is None or not logits.requires_grad:  # A phase may train the classifier alone.
             return
         new_classes = network.columns[-len(network.new_classes) :]

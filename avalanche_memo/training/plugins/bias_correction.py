@@ -71,9 +71,10 @@ class BiasCorrectionPlugin(SupervisedPlugin):
     Put this plugin after the one that adds exemplars to the data.
 
     :param held_out: the share, above 0 and below 1; at least one sample is held out.
-    :raises ValueError: if the share is out of range; before training, if the memory comes after
-        this plugin, or has room for less than two exemplars of each class of the stream; before an
-        experience, if no exemplars were added to the data, or a class has a single sample.
+    :raises ValueError: if the share is out of range; before training, if a phase is on the
+        exemplars, of which some are held out, or the memory comes after this plugin, or has room
+        for less than two exemplars of each class of the stream; before an experience, if no
+        exemplars were added to the data, or a class has a single sample.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a
         :class:`BiasCorrectedLinear`.
     """
@@ -89,6 +90,12 @@ class BiasCorrectionPlugin(SupervisedPlugin):
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
         check_classifier(strategy.model, "BiasCorrectionPlugin", BiasCorrectedLinear)
+        phases = (*getattr(strategy, "first_phases", ()), *getattr(strategy, "later_phases", ()))
+        if any(phase.data == "exemplars" for phase in phases):
+            raise ValueError(
+                "data: BiasCorrectionPlugin expected phases on 'all' or 'balanced' data, of which "
+                "it holds a part out, got 'exemplars'"
+            )
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check the memory against all classes of the stream, before anything is trained."""
@@ -106,13 +113,14 @@ class BiasCorrectionPlugin(SupervisedPlugin):
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Hold out a part of new data and exemplars, once there are both."""
+        self._part = None
         if self._seed is None:
             self._seed = int(torch.randint(2**62, ()))
         dataset = strategy.adapted_dataset
         targets = torch.as_tensor(list(dataset.targets))
         classes, counts = torch.unique(targets, return_counts=True)
         new = set(experience_classes(strategy.experience))
-        if set(classes.tolist()) == new:
+        if new.issuperset(classes.tolist()):
             if set(strategy.model.classes) - new:
                 raise ValueError(
                     "experience: BiasCorrectionPlugin expected exemplars of old classes among the "

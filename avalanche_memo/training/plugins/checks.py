@@ -1,11 +1,19 @@
-"""The checks of the model that strategies and plugins share."""
+"""What strategies and plugins share: checks of the model, and what they note while it trains."""
 
 from typing import Any, Literal
 
-from avalanche_memo.models.expandable import ExpandableNetwork
+from avalanche.training.plugins import SupervisedPlugin
+
+from avalanche_memo.models.expandable import ExpandableNetwork, NetworkOutputs
 from avalanche_memo.models.heads import GrowingClassifier, ProxyCosineClassifier
 
-__all__ = ["check_classifier", "check_cosine_classifier", "check_network", "ends_experience"]
+__all__ = [
+    "BatchOutputs",
+    "ExperienceEnd",
+    "check_classifier",
+    "check_cosine_classifier",
+    "check_network",
+]
 
 
 def check_network(
@@ -68,10 +76,42 @@ def check_cosine_classifier(model: Any, user: str) -> None:
     )
 
 
-def ends_experience(experience: Any) -> bool:
-    """Return whether an experience is a whole one, or the last of its online sub-experiences.
+class BatchOutputs(SupervisedPlugin):
+    """Notes what the network computed for the batch: until the loss, others may run it again."""
 
-    Avalanche 0.6.0 marks none of these as the last where all have the same size, unless it was told
-    ``drop_last=True``.
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: NetworkOutputs | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors inside an autograd graph can't be copied.
+        return {**self.__dict__, "_outputs": None}
+
+    def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+        """Note the outputs."""
+        self._outputs = strategy.model.outputs
+
+    def outputs(self) -> NetworkOutputs:
+        """Return the outputs, once: they hold all that the backward pass needs."""
+        noted, self._outputs = self._outputs, None
+        assert noted is not None
+        return noted
+
+
+class ExperienceEnd:
+    """Tells whether an experience is a whole one, or the last of its online sub-experiences.
+
+    These are counted: Avalanche 0.6.0 marks none as the last where all have the same size, unless
+    it was told ``drop_last=True``.
     """
-    return bool(getattr(experience, "is_last_subexp", True))
+
+    def __init__(self) -> None:
+        self._parts = 0
+
+    def comes_with(self, experience: Any) -> bool:
+        """Return whether it ends with this experience; to be called once after each."""
+        if getattr(experience, "is_first_subexp", True):
+            self._parts = 0
+        self._parts += 1
+        last = getattr(experience, "is_last_subexp", True)
+        return bool(last or self._parts == experience.sub_stream_length)

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor, nn
 
 from avalanche_memo.models.expandable import ExpandableNetwork, NetworkOutputs
@@ -18,7 +17,7 @@ from avalanche_memo.training.losses import (
     pod_loss,
     softmax_distillation_loss,
 )
-from avalanche_memo.training.plugins.checks import check_network, ends_experience
+from avalanche_memo.training.plugins.checks import BatchOutputs, ExperienceEnd, check_network
 
 __all__ = [
     "LessForgetPlugin",
@@ -88,15 +87,16 @@ class PreviousModel:
         self._saved = self._images = self._outputs = None
 
 
-class _Distillation(SupervisedPlugin, ABC):
+class _Distillation(BatchOutputs, ABC):
     """Adds a loss between the present outputs and the previous network's, once there is one.
 
-    Of an online stream it is the last sub-experience that leaves one (:func:`ends_experience`).
+    Of an online stream it is the last sub-experience that leaves one (:class:`ExperienceEnd`).
     """
 
     def __init__(self, teacher: PreviousModel | None) -> None:
         super().__init__()
         self.teacher = PreviousModel() if teacher is None else teacher
+        self._end = ExperienceEnd()
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Rebuild the previous network if the run was resumed."""
@@ -104,16 +104,17 @@ class _Distillation(SupervisedPlugin, ABC):
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the loss to ``strategy.loss``."""
-        if self.teacher.network is None or not self.applies(strategy.model.outputs):
+        new = self.outputs()
+        if self.teacher.network is None or not self.applies(new):
             return
         old = self.teacher.outputs(strategy.mb_x)
         assert old is not None
         main = self.main_weight(strategy.model) * strategy.loss
-        strategy.loss = main + self.loss(strategy.model, old)
+        strategy.loss = main + self.loss(strategy.model, old, new)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Keep the network as it is now."""
-        if ends_experience(strategy.experience):
+        if self._end.comes_with(strategy.experience):
             self.teacher.keep(strategy.model)
 
     def applies(self, outputs: NetworkOutputs) -> bool:
@@ -125,8 +126,8 @@ class _Distillation(SupervisedPlugin, ABC):
         return 1.0
 
     @abstractmethod
-    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
-        """Return the weighted loss of the present batch."""
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs, new: NetworkOutputs) -> Tensor:
+        """Return the weighted loss between the previous network's outputs and the present ones."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the previous network."""
@@ -180,10 +181,8 @@ class PODDistillationPlugin(_Distillation):
         """Check the model."""
         check_network(strategy.model, "PODDistillationPlugin", shares="all")
 
-    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs, new: NetworkOutputs) -> Tensor:
         """Return both parts, weighted."""
-        new = network.outputs
-        assert new is not None
         loss = new.features.new_zeros(())
         if self.weight:
             stages = pod_loss(old.stage_maps, new.stage_maps, self.pooling)
@@ -242,12 +241,11 @@ class SoftmaxDistillationPlugin(_Distillation):
         """Return the new classes' share of all, where the losses are mixed."""
         return len(network.new_classes) / len(network.classes) if self.convex else 1.0
 
-    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs, new: NetworkOutputs) -> Tensor:
         """Return the loss on the old classes' columns, weighted."""
         assert self.teacher.network is not None
-        assert network.outputs is not None
         columns = self.teacher.network.columns
-        logits = network.outputs.logits[:, columns], old.logits[:, columns]
+        logits = new.logits[:, columns], old.logits[:, columns]
         weight = self.weight * (_growth_factor(network) if self.adaptive else 1.0)
         if self.convex:
             weight *= 1 - self.main_weight(network)
@@ -284,10 +282,9 @@ class LessForgetPlugin(_Distillation):
         """Check the model."""
         check_network(strategy.model, "LessForgetPlugin", shares="all")
 
-    def loss(self, network: ExpandableNetwork, old: NetworkOutputs) -> Tensor:
+    def loss(self, network: ExpandableNetwork, old: NetworkOutputs, new: NetworkOutputs) -> Tensor:
         """Return the loss, weighted."""
-        assert network.outputs is not None
-        loss = self.weight * less_forget_loss(old.features, network.outputs.features)
+        loss = self.weight * less_forget_loss(old.features, new.features)
         n_new = len(network.new_classes)
         n_old = len(network.classes) - n_new
         return loss * math.sqrt(n_old / n_new) if self.adaptive else loss

@@ -17,7 +17,7 @@ class GradientClampPlugin(SupervisedPlugin):
 
     def __init__(self, limit: float = 5.0) -> None:
         super().__init__()
-        if limit <= 0:
+        if not limit > 0:
             raise ValueError(f"limit: expected a positive number, got {limit}")
         self.limit = limit
 

@@ -10,7 +10,12 @@ from torch import Tensor
 from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.training.compression import Compression, through_codec
 from avalanche_memo.training.loading import shuffled_loader
-from avalanche_memo.training.storage_policy import HerdingBuffer, MemoryRates, dataset_features
+from avalanche_memo.training.storage_policy import (
+    HerdingBuffer,
+    MemoryRates,
+    at_least_one,
+    dataset_features,
+)
 
 __all__ = ["HerdingReplayPlugin"]
 
@@ -45,6 +50,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
         spend_remainder: bool = False,
     ) -> None:
         super().__init__()
+        at_least_one("mem_size", mem_size)
         self.buffer = HerdingBuffer(
             mem_size,
             exemplars_per_class=exemplars_per_class,
@@ -54,6 +60,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
             spend_remainder=spend_remainder,
         )
         self._means: tuple[list[int], Tensor] | None = None
+        self._means_of: Any = None
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check the memory against all classes of the stream, before anything is trained."""
@@ -104,13 +111,16 @@ class HerdingReplayPlugin(SupervisedPlugin):
         iCaRL, algorithm 1, with the exemplars' features normalised first. ``None`` before there are
         exemplars. Computed with the present model when first asked for after a change.
         """
+        exemplars = self.buffer.buffer
+        if self._means_of is not exemplars:  # It was resized.
+            self._means = None
         if self._means is None and self.buffer.order:
-            exemplars = self.buffer.buffer
             features = dataset_features(strategy.model, exemplars, strategy.device)
             targets = torch.as_tensor(list(exemplars.targets), device=features.device)
             classes = list(self.buffer.order)
             means = torch.stack([features[targets == c].mean(dim=0) for c in classes])
             self._means = classes, F.normalize(means, dim=1)
+            self._means_of = exemplars
         return self._means
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,15 +4,13 @@ Rebalancing" (CVPR 2019), section 3.4."""
 import math
 from typing import Any
 
-from avalanche.training.plugins import SupervisedPlugin
-
 from avalanche_memo.training.losses import margin_ranking_loss
-from avalanche_memo.training.plugins.checks import check_cosine_classifier
+from avalanche_memo.training.plugins.checks import BatchOutputs, check_cosine_classifier
 
 __all__ = ["MarginRankingPlugin"]
 
 
-class MarginRankingPlugin(SupervisedPlugin):
+class MarginRankingPlugin(BatchOutputs):
     """Keep old classes' samples apart from the new classes, from the second experience on.
 
     ``L = L_main + weight * L_mr`` (:func:`margin_ranking_loss`) on the similarities before scaling.
@@ -40,11 +38,11 @@ class MarginRankingPlugin(SupervisedPlugin):
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the loss to ``strategy.loss``."""
-        network = strategy.model
+        network, outputs = strategy.model, self.outputs()
         if len(network.growth) < 2:
             return
         old_classes = network.columns[: -len(network.new_classes)]
-        similarities = network.outputs.logits / network.classifier.scale
+        similarities = outputs.logits / network.classifier.scale
         k = min(self.k, len(network.new_classes))
         loss = margin_ranking_loss(similarities, strategy.mb_y, old_classes, k, self.margin)
         strategy.loss = strategy.loss + self.weight * loss

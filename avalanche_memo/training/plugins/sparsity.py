@@ -8,7 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_memo.models.channel_mask import EMBEDDING_LIMIT, annealed_scale
 from avalanche_memo.training.losses import sparsity_loss
-from avalanche_memo.training.plugins.checks import check_network, ends_experience
+from avalanche_memo.training.plugins.checks import ExperienceEnd, check_network
 
 __all__ = ["SparsityPlugin"]
 
@@ -53,6 +53,7 @@ class SparsityPlugin(SupervisedPlugin):
         self.s_max = mask_s_max
         self.rate = mask_rate
         self._layers: list[Any] = []
+        self._end = ExperienceEnd()
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
@@ -90,7 +91,7 @@ class SparsityPlugin(SupervisedPlugin):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Prune the block, at the end of the last sub-experience where there are some."""
         self._layers = []
-        if not ends_experience(strategy.experience):
+        if not self._end.comes_with(strategy.experience):
             return
         for layer in strategy.model.masks():
             layer.norm.scale = self.s_max

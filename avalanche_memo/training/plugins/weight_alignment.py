@@ -8,7 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.models.heads import GrowingLinear
-from avalanche_memo.training.plugins.checks import check_classifier, ends_experience
+from avalanche_memo.training.plugins.checks import ExperienceEnd, check_classifier
 
 __all__ = ["WeightAlignmentPlugin", "align_weights"]
 
@@ -35,7 +35,7 @@ class WeightAlignmentPlugin(SupervisedPlugin):
     """Align the classifier's weights after each experience that brought new classes.
 
     And each time again where it is trained more than once. Of an online stream it is the last
-    sub-experience that counts (:func:`ends_experience`).
+    sub-experience that counts (:class:`ExperienceEnd`).
 
     :param clip: whether weights below 0 are set to 0 after each step, so that, the features being
         positive, a weight's norm tells how large its logits are.
@@ -46,6 +46,7 @@ class WeightAlignmentPlugin(SupervisedPlugin):
     def __init__(self, *, clip: bool = False) -> None:
         super().__init__()
         self.clip = clip
+        self._end = ExperienceEnd()
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
@@ -62,5 +63,5 @@ class WeightAlignmentPlugin(SupervisedPlugin):
         """Align, at the end of the last sub-experience where there are some."""
         network, experience = strategy.model, strategy.experience
         brought_new = set(network.new_classes) & set(experience_classes(experience))
-        if brought_new and ends_experience(experience):
+        if self._end.comes_with(experience) and brought_new:
             align_weights(network.classifier, len(network.new_classes))
