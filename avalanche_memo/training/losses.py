@@ -159,8 +159,8 @@ class NCALoss:
     :param model: an ``ExpandableNetwork`` with a classifier that has a ``scale``.
     :param margin: delta, on the similarities; without effect in the released form.
     :param hinge: whether a sample's loss stops at 0; likewise.
-    :param form: ``"equation"`` or ``"released"``.
-    :raises ValueError: for a negative margin or another form.
+    :param nca: ``"equation"`` or ``"released"``.
+    :raises ValueError: for a negative margin or another ``nca``.
     """
 
     def __init__(
@@ -169,17 +169,17 @@ class NCALoss:
         margin: float = 0.6,
         *,
         hinge: bool = True,
-        form: str = "equation",
+        nca: str = "equation",
     ) -> None:
         if not 0 <= margin < math.inf:
             raise ValueError(f"margin: expected a number of at least 0, got {margin}")
-        if form not in ("equation", "released"):
-            raise ValueError(f"form: expected 'equation' or 'released', got {form!r}")
-        self.model, self.margin, self.hinge, self.form = model, margin, hinge, form
+        if nca not in ("equation", "released"):
+            raise ValueError(f"nca: expected 'equation' or 'released', got {nca!r}")
+        self.model, self.margin, self.hinge, self.nca = model, margin, hinge, nca
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of logits ``[B, W]``, which hold the scale already."""
-        if self.form == "released":
+        if self.nca == "released":
             return nca_loss_released(logits, targets)
         scale = self.model.get_submodule("classifier").get_parameter("scale")
         return nca_loss(logits, targets, 1.0, scale.detach() * self.margin, self.hinge)

@@ -116,7 +116,7 @@ class PODNet(ReplayTemplate):
         super().__init__(
             model=model,
             optimizer=optimizer,
-            criterion=criterion or NCALoss(model, margin, form=nca),
+            criterion=criterion or NCALoss(model, margin, nca=nca),
             mem_size=mem_size,
             method_plugins=[
                 ImprintingPlugin(),

@@ -105,9 +105,9 @@ def doubles(tensors):
     ("options", "weight", "flat", "adaptive", "pooling"),
     [
         ({}, 3, 1, True, "spatial"),
-        ({"weight": 0}, 0, 1, True, "spatial"),
+        ({"pod_weight": 0}, 0, 1, True, "spatial"),
         ({"flat_weight": 0, "pooling": "gap"}, 3, 0, True, "gap"),
-        ({"weight": 2, "flat_weight": 0.5, "adaptive": False}, 2, 0.5, False, "spatial"),
+        ({"pod_weight": 2, "flat_weight": 0.5, "adaptive": False}, 2, 0.5, False, "spatial"),
     ],
 )
 def test_pod_is_added_from_the_second_experience_on(api, options, weight, flat, adaptive, pooling):
@@ -129,10 +129,10 @@ def test_features_are_not_distilled_where_the_classifier_alone_learns():
         assert loss == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"weight": 2.0, "temperature": 3.0, "adaptive": True}])
+@pytest.mark.parametrize("options", [{}, {"kd_weight": 2.0, "temperature": 3.0, "adaptive": True}])
 @pytest.mark.parametrize(("shared_stages", "learns"), [(1, "all"), (3, "all"), (3, "classifier")])
 def test_softmax_distillation_sees_the_old_columns(options, shared_stages, learns):
-    weight, temperature = options.get("weight", 0.9), options.get("temperature", 10.0)
+    weight, temperature = options.get("kd_weight", 0.9), options.get("temperature", 10.0)
     plugin = SoftmaxDistillationPlugin(**options)
     for loss, step, old in added(plugin, network(shared_stages=shared_stages), learns=learns):
         columns = old.classes
@@ -144,7 +144,7 @@ def test_softmax_distillation_sees_the_old_columns(options, shared_stages, learn
 
 
 @pytest.mark.parametrize(
-    ("options", "weight"), [({}, 5.0), ({"weight": 2.0, "adaptive": False}, 2)]
+    ("options", "weight"), [({}, 5.0), ({"less_forget_weight": 2.0, "adaptive": False}, 2)]
 )
 def test_less_forget_weighs_old_against_new_classes(options, weight):
     for loss, step, old in added(LessForgetPlugin(**options), network(CosineClassifier)):
@@ -154,7 +154,9 @@ def test_less_forget_weighs_old_against_new_classes(options, weight):
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("options", "k"), [({}, 2), ({"k": 7, "margin": 0.2, "weight": 3.0}, 2)])
+@pytest.mark.parametrize(
+    ("options", "k"), [({}, 2), ({"hard_negatives": 7, "margin": 0.2, "ranking_weight": 3.0}, 2)]
+)
 def test_margin_ranking_uses_similarities_before_scaling(options, k):
     model = network(partial(CosineClassifier, scale=4.0))
     for loss, step, old in added(MarginRankingPlugin(**options), model):
@@ -162,7 +164,7 @@ def test_margin_ranking_uses_similarities_before_scaling(options, k):
         seen = similarities[:, step.network.classes]
         targets = torch.tensor([step.network.classes.index(int(t)) for t in step.targets])
         old_rows = list(range(len(old.classes)))
-        margin, weight = options.get("margin", 0.5), options.get("weight", 1.0)
+        margin, weight = options.get("margin", 0.5), options.get("ranking_weight", 1.0)
         expected = weight * plain.margin_ranking(seen, targets, old_rows, k, margin).item()
         assert loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -333,16 +335,22 @@ def test_gradients_are_clamped_by_value():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(PODDistillationPlugin, -1), "weight: expected a number of at least 0, got -1"),
+        (
+            partial(PODDistillationPlugin, -1),
+            "^pod_weight: expected a number of at least 0, got -1",
+        ),
         (partial(PODDistillationPlugin, 1, -2), "flat_weight: .*got -2"),
         (partial(PODDistillationPlugin, pooling="x"), "pooling: expected one of spatial.*'x'"),
-        (partial(SoftmaxDistillationPlugin, -1), "weight: .*got -1"),
+        (partial(SoftmaxDistillationPlugin, -1), "^kd_weight: .*got -1"),
         (partial(SoftmaxDistillationPlugin, 1, 0), "temperature: expected a number above 0, got 0"),
-        (partial(LessForgetPlugin, -1), "weight: .*got -1"),
-        (partial(MarginRankingPlugin, 0), "k: expected a whole number of at least 1, got 0"),
+        (partial(LessForgetPlugin, -1), "^less_forget_weight: .*got -1"),
+        (
+            partial(MarginRankingPlugin, 0),
+            "hard_negatives: expected a whole number of at least 1, got 0",
+        ),
         (partial(MarginRankingPlugin, margin=-1), "margin: .*got -1"),
-        (partial(MarginRankingPlugin, weight=-1), "weight: .*got -1"),
-        (partial(GradientClampPlugin, 0), "limit: expected a positive number, got 0"),
+        (partial(MarginRankingPlugin, ranking_weight=-1), "^ranking_weight: .*got -1"),
+        (partial(GradientClampPlugin, 0), "^gradient_limit: expected a positive number, got 0"),
     ],
 )
 def test_refuses_numbers_out_of_range(make, message):

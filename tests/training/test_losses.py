@@ -144,7 +144,7 @@ def test_the_criterion_reads_the_scale_from_the_network(hinge):
     ours = NCALoss(model, 0.3, hinge=hinge)(logits, targets)
     assert_same(ours, expected, [similarities, model.classifier.scale], [twin, twin_eta])
     assert ours.item() == pytest.approx(nca_loss(similarities, targets, 2.5, 0.3, hinge).item())
-    released = NCALoss(model, form="released")(logits, targets)
+    released = NCALoss(model, nca="released")(logits, targets)
     assert released.item() == pytest.approx(
         nca_loss_released(similarities, targets, 2.5).item(), rel=1e-6
     )
@@ -154,7 +154,7 @@ def test_the_criterion_reads_the_scale_from_the_network(hinge):
     ("options", "message"),
     [
         ({"margin": -0.1}, "margin: expected a number of at least 0, got -0.1"),
-        ({"form": "code"}, "form: expected 'equation' or 'released', got 'code'"),
+        ({"nca": "code"}, "nca: expected 'equation' or 'released', got 'code'"),
     ],
 )
 def test_the_criterion_refuses(options, message):

@@ -64,7 +64,7 @@ def test_the_strategies_are_their_plugins():
                 SoftmaxDistillationPlugin(0.9, 10.0, teacher=teacher),
                 GradientClampPlugin(5.0),
             ],
-            partial(NCALoss, form="released"),
+            partial(NCALoss, nca="released"),
         ),
         (
             UCIR,
@@ -130,7 +130,7 @@ def test_old_proxies_rest_until_the_balanced_phase(method):
 def test_the_criterion_is_nca_or_the_users():
     strategy = make(PODNet, nca="equation", margin=0.2)
     assert isinstance(strategy._criterion, NCALoss)
-    assert (strategy._criterion.form, strategy._criterion.margin) == ("equation", 0.2)
+    assert (strategy._criterion.nca, strategy._criterion.margin) == ("equation", 0.2)
     own = torch.nn.CrossEntropyLoss()
     assert make(PODNet, criterion=own)._criterion is own
 
@@ -170,13 +170,21 @@ def test_ucir_can_leave_out_the_ranking_loss():
     ("method", "options", "message"),
     [
         (PODNet, {"flat_distillation": "none"}, "flat_distillation: expected 'pod', .*'none'"),
-        (PODNet, {"nca": "paper"}, "form: expected 'equation' or 'released', got 'paper'"),
+        (PODNet, {"nca": "paper"}, "nca: expected 'equation' or 'released', got 'paper'"),
         (PODNet, {"margin": -1}, "margin: .*got -1"),
         (PODNet, {"pooling": "sum"}, "pooling: expected one of spatial"),
         (PODNet, {"flat_distillation": "kd", "temperature": 0}, "temperature: .*above 0, got 0"),
-        (PODNet, {"gradient_limit": 0}, "limit: expected a positive number, got 0"),
-        (UCIR, {"less_forget_weight": -1}, "weight: expected a number of at least 0, got -1"),
-        (UCIR, {"hard_negatives": 0}, "k: expected a whole number of at least 1, got 0"),
+        (PODNet, {"gradient_limit": 0}, "^gradient_limit: expected a positive number, got 0"),
+        (
+            UCIR,
+            {"less_forget_weight": -1},
+            "^less_forget_weight: expected a number of at least 0, got -1",
+        ),
+        (
+            UCIR,
+            {"hard_negatives": 0},
+            "hard_negatives: expected a whole number of at least 1, got 0",
+        ),
     ],
 )
 def test_refuses_options_out_of_range(method, options, message):

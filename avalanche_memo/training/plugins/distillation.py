@@ -142,7 +142,7 @@ class PODDistillationPlugin(_Distillation):
     """Pooled outputs distillation, from the second experience on.
 
     PODNet (Douillard et al., ECCV 2020), section 3.1:
-    ``L = L_main + f (weight * L_POD-spatial + flat_weight * L_POD-flat)`` with
+    ``L = L_main + f (pod_weight * L_POD-spatial + flat_weight * L_POD-flat)`` with
     ``f = sqrt(classes seen / new classes)``; the classes seen include the new ones, as in the
     authors' code. POD-flat is :func:`less_forget_loss` on the features, as there.
 
@@ -150,7 +150,7 @@ class PODDistillationPlugin(_Distillation):
     any: a backbone made with ``last_relu=False`` has them. Any other works too, with the outputs
     that it has.
 
-    :param weight: of POD on the stages' outputs, lambda_c: 3 on CIFAR-100.
+    :param pod_weight: of POD on the stages' outputs, lambda_c: 3 on CIFAR-100.
     :param flat_weight: of POD-flat, lambda_f; 0 leaves it out.
     :param pooling: how :func:`pod_loss` pools.
     :param adaptive: whether the factor f applies.
@@ -162,7 +162,7 @@ class PODDistillationPlugin(_Distillation):
 
     def __init__(
         self,
-        weight: float = 3.0,
+        pod_weight: float = 3.0,
         flat_weight: float = 1.0,
         *,
         pooling: str = "spatial",
@@ -170,11 +170,11 @@ class PODDistillationPlugin(_Distillation):
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
-        _not_negative("weight", weight)
+        _not_negative("pod_weight", pod_weight)
         _not_negative("flat_weight", flat_weight)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
-        self.weight, self.flat_weight = weight, flat_weight
+        self.weight, self.flat_weight = pod_weight, flat_weight
         self.pooling, self.adaptive = pooling, adaptive
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
@@ -195,16 +195,16 @@ class PODDistillationPlugin(_Distillation):
 class SoftmaxDistillationPlugin(_Distillation):
     """Distillation of the old classes' softened predictions, from the second experience on.
 
-    ``L = L_main + weight * T^2 KL(p_old || p_new)`` over the classes that the previous network
+    ``L = L_main + kd_weight * T^2 KL(p_old || p_new)`` over the classes that the previous network
     knows (:func:`softmax_distillation_loss`). It also applies where the classifier alone learns.
     Papers that write the cross-entropy with the old predictions for the divergence mean the same
     gradient: the two differ by the old predictions' entropy.
 
-    :param weight: of the loss.
+    :param kd_weight: of the loss.
     :param temperature: T.
     :param adaptive: whether the weight is multiplied by ``sqrt(classes seen / new classes)``.
     :param convex: whether to mix instead of to add, as BiC and WA do: the main loss then weighs
-        ``1 - lambda`` and this one ``lambda * weight``, ``lambda = old classes / classes seen``.
+        ``1 - lambda`` and this one ``lambda * kd_weight``, ``lambda = old classes / classes seen``.
     :param scaled: whether the factor T^2 is there, by which the gradient keeps its size whatever
         the temperature; BiC and WA have none.
     :param teacher: the previous network, if several plugins are to share it.
@@ -214,7 +214,7 @@ class SoftmaxDistillationPlugin(_Distillation):
 
     def __init__(
         self,
-        weight: float = 0.9,
+        kd_weight: float = 0.9,
         temperature: float = 10.0,
         *,
         adaptive: bool = False,
@@ -223,10 +223,10 @@ class SoftmaxDistillationPlugin(_Distillation):
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
-        _not_negative("weight", weight)
+        _not_negative("kd_weight", kd_weight)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-        self.weight, self.temperature, self.adaptive = weight, temperature, adaptive
+        self.weight, self.temperature, self.adaptive = kd_weight, temperature, adaptive
         self.convex, self.scaled = convex, scaled
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
@@ -257,10 +257,11 @@ class SoftmaxDistillationPlugin(_Distillation):
 class LessForgetPlugin(_Distillation):
     """UCIR's less-forget constraint on the features, from the second experience on.
 
-    Hou et al., CVPR 2019, section 3.3: ``L = L_main + weight * sqrt(old / new) * L_dis`` with the
-    numbers of old and new classes.
+    Hou et al., CVPR 2019, section 3.3:
+    ``L = L_main + less_forget_weight * sqrt(old / new) * L_dis`` with the numbers of old and new
+    classes.
 
-    :param weight: lambda_base: 5 on CIFAR-100, 10 on ImageNet.
+    :param less_forget_weight: lambda_base: 5 on CIFAR-100, 10 on ImageNet.
     :param adaptive: whether the square root applies.
     :param teacher: the previous network, if several plugins are to share it.
     :raises ValueError: for a negative weight.
@@ -269,14 +270,14 @@ class LessForgetPlugin(_Distillation):
 
     def __init__(
         self,
-        weight: float = 5.0,
+        less_forget_weight: float = 5.0,
         *,
         adaptive: bool = True,
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
-        _not_negative("weight", weight)
-        self.weight, self.adaptive = weight, adaptive
+        _not_negative("less_forget_weight", less_forget_weight)
+        self.weight, self.adaptive = less_forget_weight, adaptive
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""

@@ -11,15 +11,15 @@ __all__ = ["GradientClampPlugin"]
 class GradientClampPlugin(SupervisedPlugin):
     """Clamp each value of each parameter's gradient before the step.
 
-    :param limit: the largest magnitude (5 in PODNet's code).
+    :param gradient_limit: the largest magnitude (5 in PODNet's code).
     :raises ValueError: if the limit is not positive.
     """
 
-    def __init__(self, limit: float = 5.0) -> None:
+    def __init__(self, gradient_limit: float = 5.0) -> None:
         super().__init__()
-        if not limit > 0:
-            raise ValueError(f"limit: expected a positive number, got {limit}")
-        self.limit = limit
+        if not gradient_limit > 0:
+            raise ValueError(f"gradient_limit: expected a positive number, got {gradient_limit}")
+        self.limit = gradient_limit
 
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
         """Clamp."""

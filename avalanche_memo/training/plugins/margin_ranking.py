@@ -6,6 +6,7 @@ from typing import Any
 
 from avalanche_memo.training.losses import margin_ranking_loss
 from avalanche_memo.training.plugins.checks import BatchOutputs, check_cosine_classifier
+from avalanche_memo.training.storage_policy import at_least_one
 
 __all__ = ["MarginRankingPlugin"]
 
@@ -13,24 +14,26 @@ __all__ = ["MarginRankingPlugin"]
 class MarginRankingPlugin(BatchOutputs):
     """Keep old classes' samples apart from the new classes, from the second experience on.
 
-    ``L = L_main + weight * L_mr`` (:func:`margin_ranking_loss`) on the similarities before scaling.
+    ``L = L_main + ranking_weight * L_mr`` (:func:`margin_ranking_loss`) on the similarities before
+    scaling.
 
-    :param k: hard negatives of a sample (the authors' 2); no more than there are new classes.
+    :param hard_negatives: of a sample, K (the authors' 2); no more than there are new classes.
     :param margin: the margin (the authors' 0.5).
-    :param weight: of the loss (the authors' 1).
-    :raises ValueError: if k is below 1, or the margin or weight negative.
+    :param ranking_weight: of the loss (the authors' 1).
+    :raises ValueError: if a number is out of range.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a cosine
         classifier.
     """
 
-    def __init__(self, k: int = 2, margin: float = 0.5, weight: float = 1.0) -> None:
+    def __init__(
+        self, hard_negatives: int = 2, margin: float = 0.5, ranking_weight: float = 1.0
+    ) -> None:
         super().__init__()
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k: expected a whole number of at least 1, got {k}")
-        for name, value in (("margin", margin), ("weight", weight)):
+        at_least_one("hard_negatives", hard_negatives)
+        for name, value in (("margin", margin), ("ranking_weight", ranking_weight)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-        self.k, self.margin, self.weight = k, margin, weight
+        self.k, self.margin, self.weight = hard_negatives, margin, ranking_weight
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
