@@ -180,9 +180,11 @@ def _model_bytes(
             f"got {base} and {increment}"
         )
     stages = getattr(backbone, "stages", [backbone])
-    if not isinstance(stages, Iterable) or not isinstance(backbone, nn.Module):
+    known = isinstance(stages, Iterable) and isinstance(backbone, nn.Module)
+    if not known or not all(isinstance(stage, nn.Module) for stage in stages):
         raise TypeError(
-            f"backbone: expected a StagedBackbone or another module, got {type(backbone).__name__}"
+            "backbone: expected a StagedBackbone or another module, its stages modules, "
+            f"got {type(backbone).__name__}"
         )
     sizes = [parameter_bytes(stage) for stage in stages]
     if method == "memo" and len(sizes) < 2:

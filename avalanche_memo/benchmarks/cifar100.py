@@ -64,7 +64,7 @@ def _find(root: str | Path | None) -> Path:
     if not root:
         raise FileNotFoundError(
             f"root: expected the folder that holds {CIFAR100.base_folder}/, got none; pass root "
-            f"or set {DATA_VARIABLE}"
+            f"(experiments.run: --data_root) or set {DATA_VARIABLE}"
         )
     folder = Path(root)
     if not (folder / CIFAR100.base_folder).is_dir():

@@ -23,7 +23,7 @@ _COUNTERS = (
 
 
 class Checkpoint:
-    """A file that holds the last good state of a run, and the one before it.
+    """A file that holds the last good state of a run; the one before it is beside.
 
     Avalanche's own checkpoints pickle the whole strategy after an experience; these hold tensors
     and plain data (``torch.load(..., weights_only=True)``) and may be taken after any epoch. A

@@ -62,7 +62,7 @@ class DynamicallyExpandableRepresentation(ReplayTemplate):
 
     Not Avalanche's ``DER``, which is Dark Experience Replay.
 
-    - Network: a whole backbone per experience, nothing shared (section 3.1).
+    - Network: a whole backbone per experience, nothing shared (section 3.2).
     - Losses: cross-entropy over all classes seen, the auxiliary loss on the newest block, and, with
       pruning, the sparsity loss of the newest block's masks.
     - Phases: representation on all data; from the second experience on, then the classifier alone,

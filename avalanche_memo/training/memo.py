@@ -26,7 +26,7 @@ MEMO_LATER = Phase(170, lr=0.1, weight_decay=2e-4, milestones=(80, 120, 150))
 class MEMO(ReplayTemplate):
     """Memory-efficient expandable model.
 
-    - Network: shared generalized blocks, a specialized block per experience (section 4.2).
+    - Network: shared generalized blocks, a specialized block per experience (section 4.4).
     - Losses: cross-entropy over all classes seen, and the auxiliary loss on the newest block.
     - Phases: one, on all data.
     - Memory: herding.

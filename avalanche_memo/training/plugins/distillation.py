@@ -264,7 +264,7 @@ class LessForgetPlugin(_Distillation):
     :param less_forget_weight: lambda_base: 5 on CIFAR-100, 10 on ImageNet.
     :param adaptive: whether the square root applies.
     :param teacher: the previous network, if several plugins are to share it.
-    :raises ValueError: for a negative weight.
+    :raises ValueError: for a negative weight; before training, for a network that adds blocks.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
     """
 
