@@ -1,8 +1,8 @@
 """The fast path against the plain path, both measured in turn in one run.
 
 ``python -m experiments.benchmark [--out FOLDER]`` prints a table and writes it with the raw times
-as JSON. Plain is a loader of PIL images, float32, eager, as in Avalanche by default. CIFAR-sized random
-images stand for the data, since a step takes as long whatever they show.
+as JSON. Plain is a loader of PIL images, float32, eager, as in Avalanche by default. CIFAR-sized
+random images stand for the data, since a step takes as long whatever they show.
 Leave the machine alone meanwhile: a second process on the same cores distorts everything.
 """
 
