@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from avalanche_memo.models.fast_path import (
     FastPath,
+    FoldedBlock,
     compiled_last_map,
-    fold_batch_norm,
     has_bfloat16,
     last_map,
 )
@@ -133,7 +133,7 @@ class ExpandableNetwork(DynamicModule):
         self.compiled_batch: int | None = None
         """The size of the training batches that frozen blocks are compiled for, if they are."""
         # A plain list: the folded copies are no part of the model's state, nor of its bytes.
-        self._folded: list[nn.Module] = []
+        self._folded: list[FoldedBlock] = []
 
         self.generalized = nn.ModuleList(backbone.stages[:shared_stages])
         self.specialized = nn.ModuleList()
@@ -348,28 +348,30 @@ class ExpandableNetwork(DynamicModule):
 
     def _frozen_maps(self, x: Tensor, low: bool) -> list[Tensor]:
         """Return the last maps of the older blocks, oldest first."""
-        if not self.fast.fold_frozen:
+        dtype = torch.bfloat16 if low else torch.float32
+        if self.fast.fold_frozen:
+            new = self.specialized[len(self._folded) : -1]
+            self._folded += [FoldedBlock(block, dtype) for block in new]
+        if not self.fast.fold_frozen or any(block.hooked() for block in self._folded):
             with _precision(x.device, low):
                 return [last_map(block, x) for block in self.specialized[:-1]]
-        dtype = torch.bfloat16 if low else torch.float32
-        for block in self.specialized[len(self._folded) : -1]:
-            self._folded.append(fold_batch_norm(block, dtype))
+        blocks = [block.current() for block in self._folded]
         x = x.to(dtype)
-        if self.training and len(x) == self.compiled_batch and self._folded:
+        if self.training and len(x) == self.compiled_batch and blocks:
             try:
-                return self._compiled_maps(x)
+                return self._compiled_maps(blocks, x)
             except Exception as error:
                 if self.fast.compile_frozen is True:
                     raise
                 log.warning("torch.compile failed, frozen blocks run as they are: %s", error)
                 self.compiled_batch = None
-        return [last_map(block, x) for block in self._folded]
+        return [last_map(block, x) for block in blocks]
 
-    def _compiled_maps(self, x: Tensor) -> list[Tensor]:
+    def _compiled_maps(self, blocks: list[nn.Module], x: Tensor) -> list[Tensor]:
         if x.is_cuda:
             # Else each block would reuse the memory of the last one's output.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return [compiled_last_map(x.device.type)(block, x) for block in self._folded]
+        return [compiled_last_map(x.device.type)(block, x) for block in blocks]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpandableNetwork":
         self._folded = []  # The model moves to another device or type.

@@ -17,7 +17,14 @@ from avalanche_memo.models.imagenet_resnet import OpenBlock
 from avalanche_memo.models.pruning import Residual
 from avalanche_memo.models.staged import in_order
 
-__all__ = ["FastPath", "compiled_last_map", "fold_batch_norm", "has_bfloat16", "last_map"]
+__all__ = [
+    "FastPath",
+    "FoldedBlock",
+    "compiled_last_map",
+    "fold_batch_norm",
+    "has_bfloat16",
+    "last_map",
+]
 
 _RUN_IN_ORDER = (nn.Sequential, CifarBlock, BasicBlock, Bottleneck, OpenBlock)
 
@@ -129,3 +136,28 @@ def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, Residual):
             module.widen_residual()
     return folded.to(dtype)
+
+
+class FoldedBlock:
+    """What runs in a frozen block's place: its copy by :func:`fold_batch_norm`.
+
+    :param block: the block.
+    :param dtype: the type of the copy's weights.
+    """
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        self._block, self._dtype = block, dtype
+        self._modules = list(block.modules())
+        self._tensors = [*block.parameters(), *block.buffers()]
+        self._version = -1
+
+    def hooked(self) -> bool:
+        """Return whether someone watches the block run, which then has to run itself."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+
+    def current(self) -> nn.Module:
+        """Return the copy; a new one where the block was changed in place."""
+        version = sum(tensor._version for tensor in self._tensors)
+        if version != self._version:
+            self._version, self._copy = version, fold_batch_norm(self._block, self._dtype)
+        return self._copy

@@ -124,6 +124,8 @@ def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None
     if state["phase"] is not None:
         strategy.resume_from = state
     else:
+        # Older states do not say what the optimizer was set to.
+        strategy.optimizer.param_groups[0].update(state.get("settings", {}))
         _restore_random(state["random"])
 
 
@@ -150,6 +152,7 @@ def _capture(strategy: Any) -> dict[str, Any]:
     return {
         "model": strategy.model.state_dict(),
         "optimizer": strategy.optimizer.state_dict(),
+        "settings": strategy.optimizer_settings() if phase is None else strategy._settings,
         "phase": phase,
         "clock": {name: getattr(strategy.clock, name) for name in _COUNTERS},
         "plugins": [plugin.state_dict() for plugin in _stateful(strategy.plugins)],

@@ -3,16 +3,16 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from avalanche.models import DynamicModule
-from avalanche.training.plugins import EarlyStoppingPlugin
+from avalanche.training.plugins import AGEMPlugin, EarlyStoppingPlugin, GSS_greedyPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
@@ -145,10 +145,11 @@ class IncrementalTemplate(SupervisedTemplate):
 
     :param model: the network.
     :param optimizer: an optimizer with one parameter group; its class, and its settings as they are
-        now, serve each phase, which may set its own rate and weight decay.
+        when an experience begins, serve each phase, which may set its own rate and weight decay.
     :param criterion: the main loss.
     :param method_plugins: the plugins that make the method; they run before the user's.
-    :param first_phases: phases of the first experience; one of ``train_epochs`` by default.
+    :param first_phases: phases of the first experience; one of ``train_epochs`` by default, which
+        may then be changed between experiences.
     :param later_phases: phases of the later ones; likewise. Later is all that follows the first
         experience given to ``train``, even if that one is given again.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
@@ -162,6 +163,9 @@ class IncrementalTemplate(SupervisedTemplate):
 
     adapted_dataset: Any
     dataloader: Any
+    train_epochs: int
+    first_phases: tuple[Phase, ...]
+    later_phases: tuple[Phase, ...]
 
     def __init__(
         self,
@@ -200,6 +204,9 @@ class IncrementalTemplate(SupervisedTemplate):
                 f"optimizer: expected one parameter group, got {len(optimizer.param_groups)}"
             )
         parts = FastPath.of(fast)
+        if any(isinstance(plugin, (AGEMPlugin, GSS_greedyPlugin)) for plugin in plugins or ()):
+            # They flatten gradients by a view.
+            parts = replace(parts, channels_last=False)
         if isinstance(model, ExpandableNetwork):
             model.use(parts)
         self._loading = [ResidentBatches()] if parts.resident_batches else []
@@ -223,9 +230,8 @@ class IncrementalTemplate(SupervisedTemplate):
             "a SparsityPlugin for a network with masked=True (DER: a sparsity_weight above 0)",
             "none",
         )
-        whole = (Phase(train_epochs),)
-        self.first_phases = whole if first_phases is None else tuple(first_phases)
-        self.later_phases = whole if later_phases is None else tuple(later_phases)
+        self._given = {"first_phases": first_phases, "later_phases": later_phases}
+        self._set_phases()
         _check(
             bool(self._memories)
             or all(phase.data != "exemplars" for phase in self.first_phases + self.later_phases),
@@ -246,14 +252,22 @@ class IncrementalTemplate(SupervisedTemplate):
         """Epochs of the present phase that are done."""
         self.phase_seed = 0
         self.resume_from: dict[str, Any] | None = None
-        own = optimizer.param_groups[0].items()
-        self._settings = {k: v for k, v in own if k not in ("params", "param_names")}
-        self._settings = copy.deepcopy(self._settings)
+        self._settings = self.optimizer_settings()
         self._bad_step = torch.tensor(-1)
+
+    def optimizer_settings(self) -> dict[str, Any]:
+        """Return a copy of what the optimizer is set to: its learning rate and all that."""
+        own = self.optimizer.param_groups[0].items()
+        return copy.deepcopy({k: v for k, v in own if k not in ("params", "param_names")})
+
+    def _set_phases(self) -> None:
+        """Where no phases were given, train as long as ``train_epochs`` says now."""
+        for name, given in self._given.items():
+            setattr(self, name, (Phase(self.train_epochs),) if given is None else tuple(given))
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Start the optimizer afresh on all parameters that learn."""
-        self._start_optimizer(list(self.model.parameters()))
+        self._start_optimizer(self.optimizer_settings())
         self.optimized_param_id: dict[str, Any] = {}
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
@@ -274,14 +288,20 @@ class IncrementalTemplate(SupervisedTemplate):
         if len(self.experience.dataset) == 0:
             number = self.experience.current_experience
             raise ValueError(f"experience: expected data to train on, experience {number} has none")
+        self._set_phases()
+        own_epochs = self.train_epochs
         # PeriodicEval reads the number of epochs here to decide whether to evaluate at the end.
-        self.train_epochs = sum(phase.epochs for phase in self._phases)
+        self.train_epochs = epochs = sum(phase.epochs for phase in self._phases)
         if isinstance(self.model, ExpandableNetwork):
             steps = self.train_epochs * len(self.experience.dataset) // self.train_mb_size
             # Pruned blocks differ in structure: each would be compiled for itself.
             compiles = not self.model.masked and self.model.fast.compiles(self.device, steps)
             self.model.compiled_batch = self.train_mb_size if compiles else None
         super()._before_training_exp(**kwargs)
+        if self.train_epochs == epochs:
+            self.train_epochs = own_epochs
+        else:  # A plugin has changed it.
+            self._set_phases()
 
     @property
     def _memories(self) -> list[Any]:
@@ -294,6 +314,8 @@ class IncrementalTemplate(SupervisedTemplate):
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         resume, self.resume_from = self.resume_from, None
         all_data, all_loader = self.adapted_dataset, self.dataloader
+        own_epochs = self.train_epochs
+        self._settings = (resume or {}).get("settings") or self.optimizer_settings()
         for index, phase in enumerate(self._phases):
             if resume and index < resume["phase"]["index"]:
                 continue
@@ -309,6 +331,11 @@ class IncrementalTemplate(SupervisedTemplate):
                     parameter.grad = None
                     parameter.requires_grad_(learns)
                 self.adapted_dataset, self.dataloader = all_data, all_loader
+                self.train_epochs = own_epochs
+                own = {"lr": phase.lr is not None or phase.scheduled}
+                own["weight_decay"] = phase.weight_decay is not None
+                put_back = {name: self._settings[name] for name, changed in own.items() if changed}
+                self.optimizer.param_groups[0].update(copy.deepcopy(put_back))
                 self.phase = None
                 # An early stop ends a phase, not the phases after it.
                 self._stop_training = False
@@ -333,7 +360,9 @@ class IncrementalTemplate(SupervisedTemplate):
             self.make_train_dataloader(**kwargs)
             for plugin in self._loading:
                 plugin.before_training_exp(self, **kwargs)
-        self._start_optimizer(list(self.model.parameters()), phase.lr, phase.weight_decay)
+        own = {"lr": phase.lr, "weight_decay": phase.weight_decay}
+        own = {name: value for name, value in own.items() if value is not None}
+        self._start_optimizer(copy.deepcopy(self._settings) | own)
         for plugin in self.plugins:
             if isinstance(plugin, EarlyStoppingPlugin) and self.phase_index:
                 # Neither the last phase's best state nor its last accuracy is one of this phase.
@@ -374,22 +403,17 @@ class IncrementalTemplate(SupervisedTemplate):
         if self.checkpoint is not None:
             self.checkpoint.save(self)
 
-    def _start_optimizer(
-        self, parameters: list[Tensor], lr: float | None = None, weight_decay: float | None = None
-    ) -> None:
+    def _start_optimizer(self, settings: dict[str, Any]) -> None:
         """Empty the user's optimizer and give it the parameters that learn.
 
-        The object stays the same, so that a scheduler of the user's goes on steering it.
+        The object stays the same, so that a scheduler of the user's goes on steering it; so do
+        further groups, which a plugin may have added.
         """
-        own = {"lr": lr, "weight_decay": weight_decay}
-        # A copy: a scheduler changes a rate that is a tensor in place.
-        settings = copy.deepcopy(self._settings)
-        settings |= {k: v for k, v in own.items() if v is not None}
+        learning = [p for p in self.model.parameters() if p.requires_grad]
+        group = self.optimizer.param_groups[0]
+        group.pop("param_names", None)
+        group.update(settings, params=learning)
         self.optimizer.state.clear()
-        self.optimizer.param_groups.clear()
-        self.optimizer.add_param_group(
-            {"params": [p for p in parameters if p.requires_grad], **settings}
-        )
 
 
 class ReplayTemplate(IncrementalTemplate):

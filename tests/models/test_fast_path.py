@@ -233,7 +233,7 @@ def test_folded_copies_are_no_part_of_the_model():
     assert after == before
 
 
-@pytest.mark.parametrize("change", ["load", "move", "copy"])
+@pytest.mark.parametrize("change", ["load", "move", "copy", "edit"])
 def test_folded_copies_follow_the_weights(change):
     network = grown(2).use(FastPath(**NONE | {"fold_frozen": True})).eval()
     images = torch.randn(4, 3, 16, 16)
@@ -249,10 +249,27 @@ def test_folded_copies_follow_the_weights(change):
             for parameter in network.specialized[0].parameters():
                 parameter *= 2
         network.to("cpu")
+    elif change == "edit":
+        with torch.no_grad():
+            network.specialized[0][0][0].conv1.weight *= 2
     else:
         network = copy.deepcopy(network)
     plain = copy.deepcopy(network).use(False)
     torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_that_someone_watches_runs_itself():
+    network = grown(2).use(True).eval()
+    images, seen = torch.randn(4, 3, 16, 16), []
+    with torch.no_grad():
+        folded = network.extract_features(images)
+        layer = network.specialized[0][0][0].conv1
+        handle = layer.register_forward_hook(lambda *_: seen.append(1))
+        watched = network.extract_features(images)
+        handle.remove()
+        assert torch.equal(network.extract_features(images), folded)
+    assert seen == [1]
+    assert (watched - folded).abs().max() <= 0.05 * folded.abs().max()
 
 
 def test_switches():

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
-from avalanche.training.plugins import EarlyStoppingPlugin, EvaluationPlugin, LRSchedulerPlugin
+from avalanche.training.plugins import (
+    AGEMPlugin,
+    EarlyStoppingPlugin,
+    EvaluationPlugin,
+    GSS_greedyPlugin,
+    LRSchedulerPlugin,
+)
+from avalanche.training.supervised import Naive
 from torch import nn
 
 from avalanche_memo.models import ExpandableNetwork
@@ -294,6 +301,95 @@ def test_wrong_arguments_are_refused_by_their_names(options, message):
 
 def test_a_memory_may_have_a_size_of_numpys():
     assert make(Replay, 3, mem_size=np.int64(20)).plugins[0].buffer.max_size == 20
+
+
+class Alter(SupervisedPlugin):
+    """Changes a setting before the second experience."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__()
+        self.name, self.value = name, value
+
+    def before_training_exp(self, strategy, **kwargs):
+        if strategy.clock.train_exp_counter == 1:
+            if self.name == "train_epochs":
+                strategy.train_epochs = self.value
+            else:
+                strategy.optimizer.param_groups[0][self.name] = self.value
+
+
+@pytest.mark.parametrize("by_plugin", [False, True])
+def test_settings_that_change_between_experiences_hold(by_plugin):
+    record, stream = Record(), make_benchmark().train_stream
+    alter = [Alter("lr", 0.01), Alter("train_epochs", 3)]
+    strategy = make(MEMO, 2, *(alter if by_plugin else []), record)
+    strategy.train(stream[0])
+    if not by_plugin:
+        strategy.optimizer.param_groups[0]["lr"] = 0.01
+        strategy.train_epochs = 3
+    strategy.train(stream[1])
+    strategy.train(stream[2])
+    assert record.rates == [[0.05], [0.01] * 3, [0.01] * 3]
+
+
+def test_a_phase_leaves_the_users_settings_behind():
+    record, stream = Record(), make_benchmark().train_stream
+    phases = [Phase(2, lr=0.3, weight_decay=0.1), Phase(1), Phase(3, milestones=(1,))]
+    strategy = make(MEMO, 2, record, first_phases=phases)
+    strategy.train(stream[0])
+    assert record.rates[0] == pytest.approx([0.3, 0.3, 0.05, 0.05, 0.005, 0.005])
+    group = strategy.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.05, 5e-4)
+    strategy.train(stream[1])
+    assert record.rates[1] == [0.05]
+
+
+def test_a_scheduler_may_go_on_through_the_experiences_and_be_made_late():
+    stream = make_benchmark().train_stream
+    for naive in (False, True):
+        record = Record()
+        model = ExpandableNetwork(tiny_backbone, 3)
+        options = {"model": model, "optimizer": sgd(model), "evaluator": silent()}
+        options |= {"train_mb_size": 6, "train_epochs": 2, "plugins": [record]}
+        strategy = Naive(**options) if naive else Finetune(**options)
+        halving = torch.optim.lr_scheduler.ExponentialLR(strategy.optimizer, 0.5)
+        warm = torch.optim.lr_scheduler.LinearLR(strategy.optimizer, 0.1, total_iters=2)
+        goes_on = LRSchedulerPlugin(halving, reset_lr=False, reset_scheduler=False)
+        strategy.plugins.insert(0, goes_on)
+        for experience in stream[:3]:
+            strategy.train(experience, reset_optimizer_state=True)
+        assert warm.last_epoch == 0
+        rates = [rate for rates in record.rates for rate in rates]
+        assert rates == pytest.approx([0.005 * 0.5**i for i in range(6)])
+
+
+def test_the_optimizer_may_be_replaced_and_have_further_groups():
+    record, stream = Record(), make_benchmark().train_stream
+    other = nn.Parameter(torch.ones(3))
+
+    class Add(SupervisedPlugin):
+        def before_training_exp(self, strategy, **kwargs):
+            strategy.optimizer.add_param_group({"params": [other]})
+
+        def before_backward(self, strategy, **kwargs):
+            strategy.loss = strategy.loss + other.square().sum()
+
+    strategy = make(MEMO, 2, record)
+    strategy.train(stream[0])
+    strategy.optimizer = torch.optim.Adam(strategy.model.parameters(), lr=0.001)
+    strategy.train(stream[1])
+    assert record.rates[1] == [0.001]
+    assert strategy.optimizer.param_groups[0]["weight_decay"] == 0
+    strategy.plugins.remove(record)  # It expects a single group.
+    strategy.plugins.append(Add())
+    strategy.train(stream[2])
+    assert (other < 1).all()
+
+
+@pytest.mark.parametrize("plugin", [AGEMPlugin(4, 2), GSS_greedyPlugin(4, 2, [1, 8, 8])])
+def test_plugins_that_flatten_gradients_have_contiguous_ones(plugin):
+    assert not make(MEMO, 2, plugin, fast=True).model.fast.channels_last
+    assert make(MEMO, 2, fast=True).model.fast.channels_last
 
 
 def test_avalanches_early_stopping_watches_each_phase_by_itself():
