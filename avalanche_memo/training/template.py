@@ -230,8 +230,9 @@ class IncrementalTemplate(SupervisedTemplate):
             "a SparsityPlugin for a network with masked=True (DER: a sparsity_weight above 0)",
             "none",
         )
-        self._given = {"first_phases": first_phases, "later_phases": later_phases}
-        self._set_phases()
+        self._whole = (Phase(train_epochs),)
+        self.first_phases = self._whole if first_phases is None else tuple(first_phases)
+        self.later_phases = self._whole if later_phases is None else tuple(later_phases)
         _check(
             bool(self._memories)
             or all(phase.data != "exemplars" for phase in self.first_phases + self.later_phases),
@@ -262,8 +263,9 @@ class IncrementalTemplate(SupervisedTemplate):
 
     def _set_phases(self) -> None:
         """Where no phases were given, train as long as ``train_epochs`` says now."""
-        for name, given in self._given.items():
-            setattr(self, name, (Phase(self.train_epochs),) if given is None else tuple(given))
+        former, self._whole = self._whole, (Phase(self.train_epochs),)
+        self.first_phases = self._whole if self.first_phases is former else self.first_phases
+        self.later_phases = self._whole if self.later_phases is former else self.later_phases
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Start the optimizer afresh on all parameters that learn."""
@@ -332,9 +334,9 @@ class IncrementalTemplate(SupervisedTemplate):
                     parameter.requires_grad_(learns)
                 self.adapted_dataset, self.dataloader = all_data, all_loader
                 self.train_epochs = own_epochs
-                own = {"lr": phase.lr is not None or phase.scheduled}
-                own["weight_decay"] = phase.weight_decay is not None
-                put_back = {name: self._settings[name] for name, changed in own.items() if changed}
+                own = ["lr"] if phase.lr is not None or phase.scheduled else []
+                own += ["weight_decay"] if phase.weight_decay is not None else []
+                put_back = {name: self._settings[name] for name in own if name in self._settings}
                 self.optimizer.param_groups[0].update(copy.deepcopy(put_back))
                 self.phase = None
                 # An early stop ends a phase, not the phases after it.

@@ -345,7 +345,7 @@ def test_goes_on_after_a_kill(tmp_path, whole_runs):
 def test_goes_on_with_settings_that_were_changed(stop, tmp_path):
     path, stream = tmp_path / "run.pt", make_benchmark().train_stream
     strategy = make(path, *([] if stop is None else [Interrupt("before_training_epoch", stop + 1)]))
-    strategy.later_phases = strategy._given["later_phases"] = (Phase(2), Phase(1))
+    strategy.later_phases = (Phase(2), Phase(1))
     strategy.train(stream[0])
     strategy.optimizer.param_groups[0]["lr"] = 0.01
     strategy.checkpoint.save(strategy)
@@ -353,7 +353,7 @@ def test_goes_on_with_settings_that_were_changed(stop, tmp_path):
         with pytest.raises(StoppedError):
             strategy.train(stream[1])
     strategy = resume(path)
-    strategy.later_phases = strategy._given["later_phases"] = (Phase(2), Phase(1))
+    strategy.later_phases = (Phase(2), Phase(1))
     strategy.train(stream[1])
     assert strategy.optimizer.param_groups[0]["lr"] == 0.01
 
