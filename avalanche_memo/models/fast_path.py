@@ -38,7 +38,8 @@ class FastPath:
     :param bfloat16: run blocks under autocast to bfloat16, on hardware that has it. The
         classifier, the losses and the features that herding and NME see stay in float32.
     :param fold_frozen: run frozen blocks from a copy of their weights, with BatchNorm folded into
-        the convolutions, that is ready in the type they run in. The model keeps the originals.
+        the convolutions, that is ready in the type they run in. The model keeps the originals,
+        which run themselves as long as one of their modules has a forward hook.
     :param compile_frozen: run these copies, on training batches of full size, as one graph of
         ``torch.compile`` that all of them share; as a CUDA graph on a GPU. ``"auto"`` does so on a
         GPU in experiences of at least 2000 steps: a CPU without AMX gained nothing by it. In a

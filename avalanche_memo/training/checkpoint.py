@@ -152,7 +152,7 @@ def _capture(strategy: Any) -> dict[str, Any]:
     return {
         "model": strategy.model.state_dict(),
         "optimizer": strategy.optimizer.state_dict(),
-        "settings": strategy.optimizer_settings() if phase is None else strategy._settings,
+        "settings": strategy.optimizer_settings() if phase is None else strategy.settings,
         "phase": phase,
         "clock": {name: getattr(strategy.clock, name) for name in _COUNTERS},
         "plugins": [plugin.state_dict() for plugin in _stateful(strategy.plugins)],

@@ -253,7 +253,8 @@ class IncrementalTemplate(SupervisedTemplate):
         """Epochs of the present phase that are done."""
         self.phase_seed = 0
         self.resume_from: dict[str, Any] | None = None
-        self._settings = self.optimizer_settings()
+        self.settings = self.optimizer_settings()
+        """What the optimizer was set to when the present experience began."""
         self._bad_step = torch.tensor(-1)
 
     def optimizer_settings(self) -> dict[str, Any]:
@@ -317,7 +318,7 @@ class IncrementalTemplate(SupervisedTemplate):
         resume, self.resume_from = self.resume_from, None
         all_data, all_loader = self.adapted_dataset, self.dataloader
         own_epochs = self.train_epochs
-        self._settings = (resume or {}).get("settings") or self.optimizer_settings()
+        self.settings = (resume or {}).get("settings") or self.optimizer_settings()
         for index, phase in enumerate(self._phases):
             if resume and index < resume["phase"]["index"]:
                 continue
@@ -336,7 +337,7 @@ class IncrementalTemplate(SupervisedTemplate):
                 self.train_epochs = own_epochs
                 own = ["lr"] if phase.lr is not None or phase.scheduled else []
                 own += ["weight_decay"] if phase.weight_decay is not None else []
-                put_back = {name: self._settings[name] for name in own if name in self._settings}
+                put_back = {name: self.settings[name] for name in own if name in self.settings}
                 self.optimizer.param_groups[0].update(copy.deepcopy(put_back))
                 self.phase = None
                 # An early stop ends a phase, not the phases after it.
@@ -364,7 +365,7 @@ class IncrementalTemplate(SupervisedTemplate):
                 plugin.before_training_exp(self, **kwargs)
         own = {"lr": phase.lr, "weight_decay": phase.weight_decay}
         own = {name: value for name, value in own.items() if value is not None}
-        self._start_optimizer(copy.deepcopy(self._settings) | own)
+        self._start_optimizer(copy.deepcopy(self.settings) | own)
         for plugin in self.plugins:
             if isinstance(plugin, EarlyStoppingPlugin) and self.phase_index:
                 # Neither the last phase's best state nor its last accuracy is one of this phase.
@@ -381,7 +382,7 @@ class IncrementalTemplate(SupervisedTemplate):
             for module in self.model.children():
                 module.train(module is self.model.classifier)
         if phase.scheduled:
-            base = self._settings["lr"] if phase.lr is None else phase.lr
+            base = self.settings["lr"] if phase.lr is None else phase.lr
             self.optimizer.param_groups[0]["lr"] = phase.rate(self.phase_epoch, base)
         self._bad_step = torch.tensor(-1, device=self.device)
         super()._before_training_epoch(**kwargs)

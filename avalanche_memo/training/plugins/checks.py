@@ -102,7 +102,7 @@ class ExperienceEnd:
     """Tells whether an experience is a whole one, or the last of its online sub-experiences.
 
     These are counted: Avalanche 0.6.0 marks none as the last where all have the same size, unless
-    it was told ``drop_last=True``.
+    it was told ``drop_last=True``. The count is not saved with a run.
     """
 
     def __init__(self) -> None:

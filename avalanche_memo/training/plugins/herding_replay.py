@@ -112,9 +112,8 @@ class HerdingReplayPlugin(SupervisedPlugin):
         exemplars. Computed with the present model when first asked for after a change.
         """
         exemplars = self.buffer.buffer
-        if self._means_of is not exemplars:  # It was resized.
-            self._means = None
-        if self._means is None and self.buffer.order:
+        resized = self._means_of is not exemplars
+        if self.buffer.order and (self._means is None or resized):
             features = dataset_features(strategy.model, exemplars, strategy.device)
             targets = torch.as_tensor(list(exemplars.targets), device=features.device)
             classes = list(self.buffer.order)
