@@ -25,10 +25,12 @@ from torch.utils.data import DataLoader
 from avalanche_memo.analysis import block_features, block_gradients, block_shift, linear_cka
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.plugins import HerdingReplayPlugin
-from experiments.config import Config
-from experiments.figures import METHOD_NAMES, new_figure, protocol_title, save_figure
+from experiments.building import make_benchmark, make_network
+from experiments.config import METHOD_NAMES, Config
+from experiments.figures import new_figure, protocol_title, save_figure
+from experiments.folders import stored_config
 from experiments.kept_models import KeptModels
-from experiments.run import make_benchmark, make_network, stored_config
+from experiments.machine import default_device
 
 __all__ = ["analyse", "main"]
 
@@ -86,14 +88,10 @@ def analyse(folder: Path, images: int = 1000) -> dict[str, Any]:
     }
 
 
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _network(config: Config, state: dict[str, Any]) -> ExpandableNetwork:
     network = make_network(config)
     network.load_state_dict(state["model"])
-    network.to(_device())
+    network.to(default_device())
     return network
 
 
@@ -114,7 +112,7 @@ def _sample(datasets: Sequence[Any], images: int, batch_size: int) -> list[tuple
     loader = DataLoader(
         whole.subset(order[:images].tolist()), batch_size, collate_fn=whole.collate_fn
     )
-    return [(batch[0].to(_device()), batch[1].to(_device())) for batch in loader]
+    return [(batch[0].to(default_device()), batch[1].to(default_device())) for batch in loader]
 
 
 def _features(network: ExpandableNetwork, images: Tensor) -> dict[str, Tensor]:

@@ -10,13 +10,12 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
 from avalanche_memo.training import DER, MEMO
 from avalanche_memo.training.loading import resident_loader
 from avalanche_memo.training.storage_policy import herding_order
-from experiments.run import chip
+from experiments.machine import default_device, describe, seconds
 
 BATCH = 128
 PLAIN = FastPath.of(False)
@@ -229,15 +228,6 @@ def ceilings(device: str) -> tuple[float, float]:
     return rate(2 * 4096**3, lambda: matrix @ matrix), rate(2**28, lambda: other.copy_(data))
 
 
-def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
-    """Return how long a piece of work takes, all of it that is done on a device."""
-    started = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def measure(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Measure everything, the sides of each comparison in turn, and return a row per figure.
 
@@ -340,14 +330,14 @@ def row_text(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder for benchmark.json and benchmark.md")
     parser.add_argument("--rounds", type=int, default=4, help="turns of each side")
     parser.add_argument("--steps", type=int, default=5, help="steps per turn")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    parser.add_argument("--device", default=default_device())
+    options = parser.parse_args(arguments)
     head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
     print(head)
     rows = measure(options.device, options.rounds, options.steps)
@@ -367,8 +357,7 @@ def main() -> None:
         for n in (1, 5, 10)
     }
     written = 5000 * 3 * 32 * 32 * 4 / medians["loader, 5,000 images", "fast"]
-    machine = f"{chip(torch.device(options.device))}, {torch.get_num_threads()} threads, "
-    machine += f"torch {torch.__version__}, Python {platform.python_version()}"
+    machine = describe(options.device)
     notes = [
         "",
         f"ResNet-32, batches of {BATCH}, loader included; {machine}.",

@@ -5,14 +5,14 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from avalanche_memo.evaluation import area_under_budget
 from avalanche_memo.training import Compression, Phase
-from experiments.config import Config
-from experiments.figures import METHOD_NAMES
-from experiments.run import finished
+from experiments.config import METHOD_NAMES, Config
+from experiments.folders import finished
 
 __all__ = [
     "PROTOCOL",
@@ -87,8 +87,7 @@ class Group:
     @property
     def seen(self) -> list[int]:
         """Classes seen after each experience."""
-        sizes = [len(classes) for classes in self.results[0]["classes"]]
-        return [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        return list(accumulate(map(len, self.results[0]["classes"])))
 
     def percent(self, readout: str, name: str) -> Spread:
         """Return the average or last accuracy, or the last forgetting rate."""
@@ -124,8 +123,7 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
     """Return the results of the run folders given or found below the folders given.
 
     :return: results by folder, and a line for each run that is left out as unfinished.
-    :raises ValueError: if a folder holds no run, no run is finished, or one is of an earlier
-        version.
+    :raises ValueError: if a folder holds no run, no run is finished, or one's results are damaged.
     """
     runs, left_out = {}, []
     for folder in folders:
@@ -136,15 +134,11 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
             results = finished(path)
             if results is None:
                 left_out.append(f"{path}: left out, not finished")
-            elif "budget_bytes" not in results:
-                raise ValueError(
-                    f"{path / 'results.json'}: expected budget_bytes, got the results of an "
-                    f"earlier version; python -m experiments.run --resume {path} adds it"
-                )
             else:
                 try:
                     options = _options(results["config"])
                     results["seconds"], results["environment"]["threads"], results["bytes"][-1]
+                    results["budget_bytes"]
                 except (TypeError, KeyError, ValueError) as error:
                     raise ValueError(
                         f"{path / 'results.json'}: expected the results of a run, got {error!r}"
@@ -167,8 +161,11 @@ def check_protocol(
     :param average: options averaged over, which may differ, too.
     :raises ValueError: if runs are of different protocols.
     """
-    for name, known in (("allow", PROTOCOL), ("average", (*PROTOCOL, "seed"))):
-        for option in {"allow": allow, "average": average}[name]:
+    for name, options, known in (
+        ("allow", allow, PROTOCOL),
+        ("average", average, (*PROTOCOL, "seed")),
+    ):
+        for option in options:
             if option not in known:
                 raise ValueError(f"{name}: expected some of {', '.join(known)}, got {option}")
     protocols = {run: _protocol(config) for run, config in configs.items()}

@@ -16,12 +16,30 @@ import jsonargparse
 import yaml
 
 from avalanche_memo.training import Compression, Phase
+from avalanche_memo.training.checkpoint import written_whole
 
-__all__ = ["Config", "from_options", "nearest", "parse"]
+__all__ = ["EXPANDING", "METHOD_NAMES", "Config", "from_options", "nearest", "parse"]
 
 Method = Literal[
     "memo", "der", "podnet", "ucir", "icarl", "wa", "bic", "replay", "finetune", "joint"
 ]
+
+METHOD_NAMES = {
+    "memo": "MEMO",
+    "der": "DER",
+    "podnet": "PODNet",
+    "ucir": "UCIR",
+    "icarl": "iCaRL",
+    "wa": "WA",
+    "bic": "BiC",
+    "replay": "Replay",
+    "finetune": "Finetune",
+    "joint": "Joint",
+}
+"""Methods as figures and tables call them, in their order there."""
+
+EXPANDING = ("memo", "der")
+"""Methods whose networks grow by a block in each experience."""
 
 _LATER_ONLY = (
     *("later", "mem_size", "exemplars_per_class", "memory_rates", "spend_remainder"),
@@ -165,6 +183,12 @@ class Config:
             raise ValueError(f"batch_size: expected a number of at least 1, got {self.batch_size}")
         if not self.first or not self.later:
             raise ValueError("first, later: expected at least one phase each")
+        for each in fields(self):  # As YAML gives them back: a run is known by their text.
+            value = getattr(self, each.name)
+            if each.type in (float, float | None) and value is not None:
+                setattr(self, each.name, float(value))
+        if isinstance(self.memory_rates, list):
+            self.memory_rates = [float(rate) for rate in self.memory_rates]
 
     @property
     def folder(self) -> Path:
@@ -203,7 +227,8 @@ class Config:
         """Write the configuration as YAML that :func:`parse` reads."""
         own = {"data_root": self.data_root, "keep_models": self.keep_models, "against": []}
         plain = self.identity() | own
-        path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        with written_whole(path) as file:
+            yaml.safe_dump(plain, file, sort_keys=False, encoding="utf-8")
 
 
 class _Parser(jsonargparse.ArgumentParser):

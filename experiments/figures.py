@@ -1,11 +1,10 @@
 """Figures and tables of one or several runs, from the contents of their results.json."""
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,11 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from experiments.comparison import Group, Spread
+from avalanche_memo.training.checkpoint import written_whole
+from experiments.comparison import Group, Spread
+from experiments.config import METHOD_NAMES
 
 __all__ = [
-    "METHOD_NAMES",
     "accuracy_curves",
     "accuracy_figure",
     "accuracy_table",
@@ -30,20 +29,6 @@ __all__ = [
     "published_curves",
     "save_figure",
 ]
-
-METHOD_NAMES = {
-    "memo": "MEMO",
-    "der": "DER",
-    "podnet": "PODNet",
-    "ucir": "UCIR",
-    "icarl": "iCaRL",
-    "wa": "WA",
-    "bic": "BiC",
-    "replay": "Replay",
-    "finetune": "Finetune",
-    "joint": "Joint",
-}
-"""Methods as figures and tables call them, in their order there."""
 
 _READOUTS = {"cnn": "classifier (CNN)", "nme": "nearest mean of exemplars (NME)"}
 
@@ -85,10 +70,9 @@ def new_figure(width: float, height: float, title: str | None = None) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG beside and rename it into place."""
-    unfinished = path.with_name(path.name + ".part")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    """Write a figure as PNG, as a whole."""
+    with written_whole(path) as file:
+        figure.savefig(file, format="png")
 
 
 def protocol_title(config: Mapping[str, Any]) -> str:
@@ -106,9 +90,8 @@ def accuracy_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
     curves = _curves(results)
     styles = _styles([label for label, _, _ in curves])
     for label, readout, result in curves:
-        seen = [sum(map(len, result["classes"][: i + 1])) for i in range(len(result["classes"]))]
         axes.plot(
-            seen,
+            list(accumulate(map(len, result["classes"]))),
             [100 * value for value in readout["accuracy"]],
             **styles[label],
             linestyle="--" if label.endswith("(NME)") else "-",
@@ -121,7 +104,7 @@ def accuracy_figure(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def accuracy_curves(
-    title: str, groups: Sequence["Group"], curves: Mapping[str, Sequence["Group"]]
+    title: str, groups: Sequence[Group], curves: Mapping[str, Sequence[Group]]
 ) -> Figure:
     """Draw accuracy against classes seen, a panel per readout; bands are standard deviations.
 
@@ -151,7 +134,7 @@ def accuracy_curves(
 
 
 def published_curves(
-    title: str, rows: Sequence[tuple[str, str, "Group", Sequence[float] | None]]
+    title: str, rows: Sequence[tuple[str, str, Group, Sequence[float] | None]]
 ) -> Figure:
     """Draw accuracy against classes seen, ours beside the published, a panel per readout.
 
@@ -177,7 +160,7 @@ def published_curves(
     return figure
 
 
-def memory_curves(title: str, curves: Mapping[str, Sequence["Group"]]) -> Figure:
+def memory_curves(title: str, curves: Mapping[str, Sequence[Group]]) -> Figure:
     """Draw average and last accuracy against memory; bars are standard deviations."""
     readouts = _readouts([group for points in curves.values() for group in points])
     figure = new_figure(5.2 * len(readouts), 7.2 + 0.12 * len(curves), title)
@@ -198,7 +181,7 @@ def memory_curves(title: str, curves: Mapping[str, Sequence["Group"]]) -> Figure
     return figure
 
 
-def memory_bars(title: str, groups: Sequence["Group"]) -> Figure:
+def memory_bars(title: str, groups: Sequence[Group]) -> Figure:
     """Draw what each group holds after the last experience, model and exemplars, as measured."""
     figure = new_figure(8.4, 1.5 + 0.32 * len(groups), title)
     axes = figure.add_subplot()
@@ -235,7 +218,7 @@ def memory_bars(title: str, groups: Sequence["Group"]) -> Figure:
     return figure
 
 
-def confusion_matrices(group: "Group") -> Figure:
+def confusion_matrices(group: Group) -> Figure:
     """Draw which class was taken for which after the last experience, in % of a class's samples.
 
     Counts are summed over the runs; lines divide experiences.
@@ -268,7 +251,7 @@ def confusion_matrices(group: "Group") -> Figure:
 
 
 def _with_bars(
-    axes: Axes, places: Sequence[float], spreads: Sequence["Spread"], **style: Any
+    axes: Axes, places: Sequence[float], spreads: Sequence[Spread], **style: Any
 ) -> None:
     """Draw means, with their standard deviations as bars where there is any."""
     bars = [spread.deviation or 0 for spread in spreads]
@@ -276,7 +259,7 @@ def _with_bars(
     axes.errorbar(places, means, bars if any(bars) else None, **style, capsize=3)
 
 
-def _readouts(groups: Sequence["Group"]) -> list[str]:
+def _readouts(groups: Sequence[Group]) -> list[str]:
     return [readout for readout in _READOUTS if any(readout in g.readouts for g in groups)]
 
 

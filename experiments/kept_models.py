@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_memo.training.checkpoint import save_whole
+from avalanche_memo.training.checkpoint import written_whole
 
 __all__ = ["KeptModels"]
 
@@ -27,12 +27,15 @@ class KeptModels(SupervisedPlugin):
         """Keep the model if the epoch was the first or the last of the experience."""
         experience, epoch = strategy.clock.train_exp_counter, strategy.clock.train_exp_epochs
         phases = strategy.later_phases if experience else strategy.first_phases
-        memories = [p.state_dict() for p in strategy.plugins if hasattr(p, "exemplars_after")]
-        content = {"model": strategy.model.state_dict(), "memories": memories}
         if epoch == 0:
-            save_whole(content, self.path(experience, "first"))
+            self._save(strategy, self.path(experience, "first"))
         if epoch + 1 == sum(phase.epochs for phase in phases):
-            save_whole(content, self.path(experience, "last"))
+            self._save(strategy, self.path(experience, "last"))
+
+    def _save(self, strategy: Any, path: Path) -> None:
+        memories = [p.state_dict() for p in strategy.plugins if hasattr(p, "exemplars_after")]
+        with written_whole(path) as file:
+            torch.save({"model": strategy.model.state_dict(), "memories": memories}, file)
 
     def path(self, experience: int, epoch: Literal["first", "last"]) -> Path:
         """Return the file of an experience, counted from 0."""

@@ -8,9 +8,9 @@ Leave the machine alone meanwhile.
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.checkpoint import Checkpoint
+from experiments.building import make_network
 from experiments.comparison import check_protocol
-from experiments.config import Config
+from experiments.config import EXPANDING, Config
 from experiments.figures import new_figure, save_figure
-from experiments.run import chip, make_network, stored_config
+from experiments.folders import stored_config
+from experiments.machine import default_device, describe, seconds
 
 __all__ = ["latency", "main", "report", "survival"]
 
@@ -56,8 +58,7 @@ def report(folders: Sequence[Path], device: str, rounds: int) -> list[dict[str, 
             "accuracy": {k: results[k]["accuracy"] for k in ("cnn", "nme") if k in results},
             "experiences": [],
             "survival": survival(config, structure["kept"]) if config.sparsity_weight else {},
-            "machine": f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
-            f"torch {torch.__version__}",
+            "machine": describe(device),
         }
         reports.append(each)
     images = torch.randn(max(BATCHES), *_image_shape(runs[0][0]), device=device)
@@ -77,8 +78,8 @@ def report(folders: Sequence[Path], device: str, rounds: int) -> list[dict[str, 
             for side, network in own.items():
                 networks[i, side] = network.to(device).use(config.fast).eval()
         for batch in BATCHES:
-            for (i, side), seconds in latency(networks, images[:batch], rounds).items():
-                reports[i]["experiences"][n - 1]["latency"][batch][side] = seconds
+            for (i, side), quantiles in latency(networks, images[:batch], rounds).items():
+                reports[i]["experiences"][n - 1]["latency"][batch][side] = quantiles
     return reports
 
 
@@ -88,7 +89,7 @@ def _read(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]]:
         if not (folder / name).exists():
             raise ValueError(f"folder: expected a run folder with {name}, got {folder}")
     config = stored_config(folder)
-    if config.method not in ("der", "memo"):
+    if config.method not in EXPANDING:
         raise ValueError(f"folder: expected a run of DER or MEMO, got {config.method} in {folder}")
     results = json.loads((folder / "results.json").read_text())
     state, refused = Checkpoint(folder / "checkpoint.pt", config.fingerprint()).load()
@@ -121,15 +122,12 @@ def latency(
     :param images: the batch.
     :param rounds: measurements of each, after two that don't count.
     """
-    seconds: dict[tuple[int, str], list[float]] = {name: [] for name in networks}
+    measured: dict[tuple[int, str], list[float]] = {name: [] for name in networks}
     for _ in range(rounds + 2):
         for name, network in networks.items():
-            started = time.perf_counter()
-            network(images)
-            if images.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append((time.perf_counter() - started) / len(images))
-    return {k: np.quantile(v[2:], [0.1, 0.5, 0.9]).tolist() for k, v in seconds.items()}
+            taken = seconds(partial(network, images), images.device)
+            measured[name].append(taken / len(images))
+    return {k: np.quantile(v[2:], [0.1, 0.5, 0.9]).tolist() for k, v in measured.items()}
 
 
 def survival(config: Config, kept: Sequence[Sequence[Sequence[int]]]) -> dict[str, list[float]]:
@@ -257,13 +255,13 @@ def _check_alike(folders: Sequence[Path]) -> None:
         raise ValueError(f"folders: expected runs of one backbone, got {', '.join(backbones)}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Report on run folders."""
     parser = argparse.ArgumentParser(prog="python -m experiments.pruning", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN_FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="folder for the report")
     parser.add_argument("--rounds", type=int, default=30, help="measurements of each latency")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     options = parser.parse_args(arguments)
     try:
         _check_alike(options.folders)
@@ -271,10 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "pruning.md").write_text(tables(reports))
+    page = tables(reports)
+    (options.out / "pruning.md").write_text(page)
     (options.out / "pruning.json").write_text(json.dumps(reports, indent=1) + "\n")
     draw(reports, options.out / "pruning.png")
-    print(tables(reports))
+    print(page)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import base64
 import csv
 import io
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -413,4 +412,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

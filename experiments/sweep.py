@@ -36,7 +36,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -45,10 +44,12 @@ from typing import Any
 import torch
 import yaml
 
+from experiments.building import data_root
 from experiments.comparison import check_distinct, check_protocol
 from experiments.config import Config, from_options, nearest
+from experiments.folders import check_folder, finished
 from experiments.report import report
-from experiments.run import check, check_folder, finished, run
+from experiments.run import check, run
 
 __all__ = ["Sweep", "check_runs", "load", "main", "run_all"]
 
@@ -119,7 +120,7 @@ def load(path: Path) -> Sweep:
             config = from_options({"against": []} | common | options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        root = config.data_root or os.environ.get("AVALANCHE_MEMO_DATA")
+        root = data_root(config)
         start = config.start_from
         runs[name] = replace(
             config,
@@ -389,4 +390,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

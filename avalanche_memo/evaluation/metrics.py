@@ -54,11 +54,6 @@ _Confusions = dict[Readout, dict[int, dict[int, int]]]
 
 
 @runtime_checkable
-class _HasClassMeans(Protocol):
-    def class_means(self, strategy: Any) -> _ClassMeans | None: ...
-
-
-@runtime_checkable
 class _HasExemplarBytes(Protocol):
     @property
     def exemplar_bytes(self) -> int: ...
@@ -69,7 +64,31 @@ class _HasMasks(Protocol):
     def masks(self) -> Sequence[Any]: ...
 
 
-class ClassIncrementalAccuracy(PluginMetric):
+class _EmittingMetric(PluginMetric):
+    """A metric whose result are the values emitted last, by full name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last values."""
+        self._last: dict[str, Any] = {}
+
+    def result(self) -> dict[str, Any]:
+        """Return the values emitted last, by full name."""
+        return dict(self._last)
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def _emit(self, strategy: Any, values: Mapping[str, Any]) -> list[MetricValue]:
+        self._last.update(values)
+        x = strategy.clock.train_iterations
+        return [MetricValue(self, name, value, x) for name, value in values.items()]
+
+
+class ClassIncrementalAccuracy(_EmittingMetric):
     """Accuracy over the classes seen so far, by classifier and by nearest mean of exemplars.
 
     Evaluate any part of a stream, unseen classes included: their samples are not counted and their
@@ -105,12 +124,7 @@ class ClassIncrementalAccuracy(PluginMetric):
     taken for which is kept for the last row.
     """
 
-    _last: dict[str, float]
     _counter: "_Counter | None"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset()
 
     def reset(self) -> None:
         """Forget everything, the history included."""
@@ -122,14 +136,7 @@ class ClassIncrementalAccuracy(PluginMetric):
         self._evaluated: dict[str, _Row] = {}
         self._confused: dict[str, dict[int, _Confusions]] = {}
         self._counter = None
-        self._last = {}
-
-    def result(self) -> dict[str, float]:
-        """Return the values that the last evaluation emitted, by full name."""
-        return dict(self._last)
-
-    def __str__(self) -> str:
-        return "ClassIncrementalAccuracy"
+        super().reset()
 
     # The history as plain data. Of the arguments that all of these share, `readout` is "cnn" or
     # "nme", `top` is 1 or 5 (ValueError otherwise), `stream` is the name of the evaluated stream.
@@ -213,8 +220,6 @@ class ClassIncrementalAccuracy(PluginMetric):
 
         :raises ValueError: if a key is missing or unknown.
         """
-        # Older states do not say which experience was trained last.
-        state = {"experience": None, **state}
         expected = {"trained", "experience", "classes", "history", "confusions"}
         if set(state) != expected:
             raise ValueError(f"state: expected the keys {sorted(expected)}, got {sorted(state)}")
@@ -234,11 +239,15 @@ class ClassIncrementalAccuracy(PluginMetric):
         # An online sub-experience knows its classes through the one that it was cut from.
         experience = getattr(experience, "origin_experience", experience)
         number = getattr(experience, "current_experience", None)
-        self._trained += bool(first and (number is None or number != self._experience))
-        self._experience = number
-        classes = getattr(experience, "classes_in_this_experience", None) or ()
+        classes = getattr(experience, "classes_in_this_experience", None)
+        if classes is None:
+            classes = getattr(getattr(experience, "dataset", None), "targets", None) or ()
         # int: numpy's integers are not plain data.
-        self._seen += sorted({int(c) for c in classes} - set(self._seen))
+        fresh = {int(c) for c in classes} - set(self._seen)
+        again = number is not None and number == self._experience and not fresh
+        self._trained += bool(first and not again)
+        self._experience = number
+        self._seen += sorted(fresh)
 
     def before_eval(self, strategy: Any) -> None:
         """Settle which classes have been seen and where their means are."""
@@ -265,8 +274,7 @@ class ClassIncrementalAccuracy(PluginMetric):
 
     def after_eval_exp(self, strategy: Any) -> list[MetricValue]:
         """Read the counts back and emit the experience's accuracies."""
-        counts = self._counter.read() if self._counter is not None else {}
-        if self._counter is None or not counts:
+        if self._counter is None or not (counts := self._counter.read()):
             return []
         experience = strategy.experience
         stream, number = experience.origin_stream.name, experience.current_experience
@@ -297,6 +305,10 @@ class ClassIncrementalAccuracy(PluginMetric):
                 values.update(self._stream_values(stream, row, readout))
         self._counter = None  # Its tensors have no place in a pickled strategy.
         return self._emit(strategy, values)
+
+    def _emit(self, strategy: Any, values: Mapping[str, float]) -> list[MetricValue]:
+        measured = {name: value for name, value in values.items() if not math.isnan(value)}
+        return super()._emit(strategy, measured)
 
     def _rows(self, stream: str) -> Iterator[_Row]:
         history = self._history.get(stream, {})
@@ -330,14 +342,8 @@ class ClassIncrementalAccuracy(PluginMetric):
         ]
         yield _stream_name(f"ForgettingRate_{label}", stream), forgetting_rate(history)
 
-    def _emit(self, strategy: Any, values: Mapping[str, float]) -> list[MetricValue]:
-        measured = {name: value for name, value in values.items() if not math.isnan(value)}
-        self._last.update(measured)
-        x = strategy.clock.train_iterations
-        return [MetricValue(self, name, value, x) for name, value in measured.items()]
 
-
-class MemoryUsage(PluginMetric):
+class MemoryUsage(_EmittingMetric):
     """Memory of the model and of the exemplars, in MB of 2**20 bytes, after each evaluation.
 
     Emits, for instance as ``ParameterMemory_MB/eval_phase/test_stream``, ``ParameterMemory_MB`` and
@@ -346,21 +352,6 @@ class MemoryUsage(PluginMetric):
     plugin whose ``buffer`` has ``exemplar_bytes``. Without one they are not emitted, since a memory
     of another kind may hold exemplars that nobody has accounted for.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the last values."""
-        self._last: dict[str, float] = {}
-
-    def result(self) -> dict[str, float]:
-        """Return the values in MB that the last evaluation emitted, by full name."""
-        return dict(self._last)
-
-    def __str__(self) -> str:
-        return "MemoryUsage"
 
     def after_eval(self, strategy: Any) -> list[MetricValue]:
         """Measure and emit."""
@@ -373,48 +364,28 @@ class MemoryUsage(PluginMetric):
         if accounted:
             sizes |= {"Exemplar": sum(accounted), "Total": parameters + sum(accounted)}
         stream = strategy.experience.origin_stream.name
-        self._last = {
-            _stream_name(f"{kind}Memory_MB", stream): size / _MEGABYTE
-            for kind, size in sizes.items()
-        }
-        x = strategy.clock.train_iterations
-        return [MetricValue(self, name, value, x) for name, value in self._last.items()]
+        self._last = {}
+        values = {f"{kind}Memory_MB": size / _MEGABYTE for kind, size in sizes.items()}
+        return self._emit(strategy, {_stream_name(k, stream): v for k, v in values.items()})
 
 
-class ChannelMasks(PluginMetric):
+class ChannelMasks(_EmittingMetric):
     """The newest block's masks after each experience: a histogram per layer.
 
     Emits, for instance as ``ChannelMask/train_phase/train_stream/Task000/0.1.residual.3``, the mask
     ``[C]`` of each of the model's ``masks()``, soft, at the scale that they learned with last.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the last masks."""
-        self._last: dict[str, Tensor] = {}
-
-    def result(self) -> dict[str, Tensor]:
-        """Return the masks emitted last, by full name."""
-        return dict(self._last)
-
-    def __str__(self) -> str:
-        return "ChannelMasks"
-
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
         """Emit the masks."""
         layers = strategy.model.masks() if isinstance(strategy.model, _HasMasks) else []
         name = get_metric_name("ChannelMask", strategy)
-        self._last = {
-            f"{name}/{layer.name}": torch.sigmoid(
-                layer.norm.scale * layer.norm.embedding.detach()
-            ).cpu()
+        self._last = {}
+        masks = {
+            layer.name: torch.sigmoid(layer.norm.scale * layer.norm.embedding.detach()).cpu()
             for layer in layers
         }
-        x = strategy.clock.train_iterations
-        return [MetricValue(self, key, mask, x) for key, mask in self._last.items()]
+        return self._emit(strategy, {f"{name}/{layer}": mask for layer, mask in masks.items()})
 
 
 def class_incremental_metrics() -> list[PluginMetric]:
@@ -460,6 +431,7 @@ class _Counter:
 
     def update(self, logits: Tensor, targets: Tensor, features: Any) -> None:
         """Count a batch: logits ``[B, width]``, targets ``[B]``, features ``[B, D]`` if any."""
+        targets = targets.long()
         columns = self.classes[: bisect_left(self.seen, logits.shape[1])]
         best: dict[Readout, Tensor] = {"cnn": self._best(logits[:, columns], columns)}
         if self.means is not None:
@@ -528,8 +500,9 @@ class _Counter:
 
 def _class_means(strategy: Any) -> _ClassMeans | None:
     for plugin in strategy.plugins:
-        if isinstance(plugin, _HasClassMeans):
-            means = plugin.class_means(strategy)
+        # Avalanche's ICaRL has an attribute of this name that is no function.
+        if callable(class_means := getattr(plugin, "class_means", None)):
+            means: _ClassMeans | None = class_means(strategy)
             if means is not None:
                 return means
     return None

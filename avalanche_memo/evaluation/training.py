@@ -29,7 +29,7 @@ class TrainingAverages(PluginMetric):
 
     def result(self) -> list[float]:
         """Return the loss and the accuracy (a fraction) since the epoch began."""
-        return (torch.as_tensor(self._sums) / max(1, self._samples)).tolist() or [0.0, 0.0]
+        return (self._sums / self._samples).tolist() if self._samples else [0.0, 0.0]
 
     def __str__(self) -> str:
         return "TrainingAverages"

@@ -30,7 +30,7 @@ from avalanche_memo.models.pruning import (
     masked_layers,
     prune_channels,
 )
-from avalanche_memo.models.staged import StagedBackbone, in_order
+from avalanche_memo.models.staged import StagedBackbone, stage_maps
 
 __all__ = ["UNSEEN_LOGIT", "ExpandableNetwork", "NetworkOutputs", "experience_classes"]
 
@@ -93,7 +93,8 @@ class ExpandableNetwork(DynamicModule):
         block is added, or on layers that can't have them.
     """
 
-    _columns: Tensor
+    columns: Tensor
+    """The class ids seen so far: the columns of the logits that count."""
 
     def __init__(
         self,
@@ -160,7 +161,7 @@ class ExpandableNetwork(DynamicModule):
         self._first_classifier = [copy.deepcopy(classifier)]
         self.classifier.grow(new_features=self.block_dim)
         self.auxiliary = nn.ModuleDict()
-        self.register_buffer("_columns", torch.empty(0, dtype=torch.long), persistent=False)
+        self.register_buffer("columns", torch.empty(0, dtype=torch.long), persistent=False)
 
     @property
     def expands(self) -> bool:
@@ -183,11 +184,6 @@ class ExpandableNetwork(DynamicModule):
         return self.growth[-1] if self.growth else []
 
     @property
-    def columns(self) -> Tensor:
-        """The class ids seen so far as a tensor: the columns of the logits that count."""
-        return self._columns
-
-    @property
     def feature_dim(self) -> int:
         """The number of features D, all blocks together."""
         return self.block_dim * max(1, len(self.specialized))
@@ -206,11 +202,14 @@ class ExpandableNetwork(DynamicModule):
         copied.auxiliary.clear()
         copied.classifier = copy.deepcopy(self._first_classifier[0]).to(self._adaptation_device)
         copied.classifier.grow(new_features=self.block_dim)
-        copied._columns = self._columns[:0]
+        copied.columns = self.columns[:0]
         return copied
 
     def inference_modules(self) -> list[nn.Module]:
-        """Return the modules that inference needs: all but the auxiliary head."""
+        """Return the modules that inference needs.
+
+        Neither the auxiliary head is one, nor the newest block as it was before it was pruned.
+        """
         return [self.generalized, self.specialized, self.classifier]
 
     def adaptation(self, experience: Any) -> None:
@@ -263,7 +262,7 @@ class ExpandableNetwork(DynamicModule):
         if not first and not self.train_generalized:
             _freeze(self.generalized)
         self.classifier.grow(self.block_dim if expand else 0, len(new_classes))
-        self._columns = torch.tensor(self.classes, device=self._adaptation_device)
+        self.columns = torch.tensor(self.classes, device=self._adaptation_device)
         # Avalanche calls train() before it adapts the model, so the block frozen here missed it.
         self.train(self.training)
 
@@ -336,11 +335,11 @@ class ExpandableNetwork(DynamicModule):
         if self.fast.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with _precision(x.device, low):
-            maps = _run(self.generalized, x)
+            maps = stage_maps(self.generalized, x)
             shared = maps[-1] if maps else x
             if not self.expands:
                 return StagedBackbone.pool(shared.float()), maps
-            newest = _run(self.specialized[-1], shared)
+            newest = stage_maps(self.specialized[-1], shared)
         frozen_input = shared if self.gradient_through_frozen else shared.detach()
         outputs = [*self._frozen_maps(frozen_input, low), newest[-1]]
         features = [StagedBackbone.pool(output.float()) for output in outputs]
@@ -383,7 +382,7 @@ class ExpandableNetwork(DynamicModule):
         # what was learned, not on what was evaluated, and so does the rounding of every sum.
         width = self.width if self.training else max(self.width, self._evaluation_width)
         columns = logits.new_full((len(logits), width), UNSEEN_LOGIT)
-        return columns.index_copy(1, self._columns, logits)
+        return columns.index_copy(1, self.columns, logits)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the structure: the classes of each growth, and what pruning has kept."""
@@ -429,19 +428,9 @@ def _precision(device: torch.device, low: bool) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
 
 
-def _run(stages: nn.Module, x: Tensor) -> list[Tensor]:
-    maps = []
-    for stage in in_order(stages):
-        x = stage(x)
-        maps.append(x)
-    return maps
-
-
 def _freeze(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        # A left-over gradient would let weight decay and momentum move the parameter.
-        parameter.grad = None
+    # A left-over gradient would let weight decay and momentum move a parameter.
+    module.requires_grad_(False).zero_grad()
 
 
 def experience_classes(experience: Any) -> list[int]:
@@ -455,7 +444,7 @@ def experience_classes(experience: Any) -> list[int]:
     classes = getattr(experience, "classes_in_this_experience", None)
     if classes is None:
         classes = set(experience.dataset.targets)
-    classes = sorted(int(c) for c in classes)
+    classes = sorted({int(c) for c in classes})
     if not classes:
         raise ValueError("experience: expected at least one class, got an experience with no data")
     if classes[0] < 0:

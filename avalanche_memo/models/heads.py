@@ -36,6 +36,13 @@ class GrowingClassifier(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Start afresh at the present size."""
 
+    def _check_growth(self, new_features: int, new_classes: int) -> None:
+        if new_features < 0 or new_classes < 0:
+            raise ValueError(
+                "new_features, new_classes: expected numbers of at least 0, "
+                f"got {new_features} and {new_classes}"
+            )
+
 
 class GrowingLinear(GrowingClassifier):
     """A linear layer that grows in both directions: features ``[B, D]`` to logits ``[B, C]``.
@@ -66,6 +73,7 @@ class GrowingLinear(GrowingClassifier):
         """The whole weight ``[C, D]``."""
         return torch.cat(list(self.weights), dim=1)
 
+    @torch.no_grad()
     def grow(self, new_features: int = 0, new_classes: int = 0) -> None:
         """Add a block of features, rows for classes, or both.
 
@@ -73,11 +81,7 @@ class GrowingLinear(GrowingClassifier):
         :param new_classes: rows to add.
         :raises ValueError: if a number is negative.
         """
-        if new_features < 0 or new_classes < 0:
-            raise ValueError(
-                "new_features, new_classes: expected numbers of at least 0, "
-                f"got {new_features} and {new_classes}"
-            )
+        self._check_growth(new_features, new_classes)
         old_classes = self.out_features
         if new_features:
             self.weights.append(nn.Parameter(self.bias.new_empty(old_classes, new_features)))
@@ -86,18 +90,18 @@ class GrowingLinear(GrowingClassifier):
             grown = weight.new_empty(old_classes + new_classes, weight.shape[1])
             grown.uniform_(-bound, bound)
             if not (new_features and index == len(self.weights) - 1):
-                grown[:old_classes] = weight.detach()
+                grown[:old_classes] = weight
             self.weights[index] = nn.Parameter(grown)
         bias = self.bias.new_empty(old_classes + new_classes).uniform_(-bound, bound)
-        bias[:old_classes] = self.bias.detach()
+        bias[:old_classes] = self.bias
         self.bias = nn.Parameter(bias)
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Start afresh, as a new ``nn.Linear`` of this size."""
         bound = 1 / math.sqrt(max(1, self.in_features))
-        with torch.no_grad():
-            for parameter in (self.bias, *self.weights):
-                parameter.uniform_(-bound, bound)
+        for parameter in (self.bias, *self.weights):
+            parameter.uniform_(-bound, bound)
 
     @torch.no_grad()
     def scale_rows(self, rows: Tensor, factor: Tensor | float) -> None:
@@ -231,11 +235,7 @@ class ProxyCosineClassifier(GrowingClassifier):
         :param new_classes: classes to add.
         :raises ValueError: if a number is negative.
         """
-        if new_features < 0 or new_classes < 0:
-            raise ValueError(
-                "new_features, new_classes: expected numbers of at least 0, "
-                f"got {new_features} and {new_classes}"
-            )
+        self._check_growth(new_features, new_classes)
         self.in_features += new_features
         if new_features:
             for index, weight in enumerate(self.weights):
@@ -246,9 +246,7 @@ class ProxyCosineClassifier(GrowingClassifier):
                 self.weights[index] = nn.Parameter(grown, requires_grad=weight.requires_grad)
         if new_classes:
             if self.freeze_old:
-                for weight in self.weights:
-                    weight.requires_grad_(False)
-                    weight.grad = None
+                self.weights.requires_grad_(False).zero_grad()
             fresh = self._random(new_classes * self.proxies, self.in_features)
             self.weights.append(nn.Parameter(fresh))
 

@@ -5,12 +5,21 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["StagedBackbone", "in_order"]
+__all__ = ["StagedBackbone", "in_order", "stage_maps"]
 
 
 def in_order(stages: nn.Module) -> list[nn.Module]:
     """Return the stages of a block; ``children()`` would skip one that stands there again."""
     return [stage for stage in stages._modules.values() if stage is not None]
+
+
+def stage_maps(stages: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the output of each stage of a block, first to last."""
+    maps = []
+    for stage in in_order(stages):
+        x = stage(x)
+        maps.append(x)
+    return maps
 
 
 class StagedBackbone(nn.Module):
@@ -35,11 +44,7 @@ class StagedBackbone(nn.Module):
 
     def stage_maps(self, x: Tensor) -> list[Tensor]:
         """Return the output of every stage, first to last, each ``[B, C_s, H_s, W_s]``."""
-        maps = []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return stage_maps(self.stages, x)
 
     @staticmethod
     def pool(maps: Tensor) -> Tensor:

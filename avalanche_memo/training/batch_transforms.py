@@ -31,7 +31,6 @@ __all__ = [
     "Recipe",
     "UnsupportedError",
     "channels_first",
-    "parse_chain",
     "parse_transforms",
     "unfold_transforms",
 ]
@@ -298,23 +297,13 @@ class Recipe:
 _ONCE_PER_IMAGE = (T.Resize, T.CenterCrop, T.Pad, T.Grayscale)
 
 
-def parse_transforms(chain: Sequence[Any]) -> Recipe | str:
+def parse_transforms(transforms: Sequence[Any]) -> Recipe:
     """Translate a chain of torchvision transforms of PIL images into batched ones.
 
-    :param chain: transforms, applied first to last; `Compose` may be nested.
-    :return: the recipe, or the reason why there is none.
+    :param transforms: applied first to last; `Compose` may be nested.
+    :raises UnsupportedError: with the reason, if the chain is not understood.
     """
-    try:
-        return parse_chain([step for transform in chain for step in unfold_transforms(transform)])
-    except UnsupportedError as reason:
-        return str(reason)
-
-
-def parse_chain(chain: Sequence[Any]) -> Recipe:
-    """Translate a flat chain; see :func:`parse_transforms`.
-
-    :raises UnsupportedError: if the chain is not understood.
-    """
+    chain = [step for transform in transforms for step in unfold_transforms(transform)]
     prefix: list[Any] = []
     ops: list[BatchedOp] = []
     normalize: Normalize | None = None

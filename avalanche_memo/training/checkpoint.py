@@ -3,16 +3,18 @@
 import inspect
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-__all__ = ["Checkpoint", "restore", "restore_progress", "save_whole"]
+__all__ = ["Checkpoint", "restore", "restore_progress", "written_whole"]
 
-FORMAT = "avalanche_memo checkpoint 1"
+FORMAT = "avalanche_memo checkpoint 2"
 _COUNTERS = (
     "train_iterations",
     "train_exp_counter",
@@ -45,14 +47,25 @@ class Checkpoint:
         """Plain data of the caller's that is saved and restored along."""
 
     def save(self, strategy: Any) -> None:
-        """Write the state of a strategy, within an experience or between two."""
+        """Write the state of a strategy, within an experience or between two.
+
+        :raises TypeError: if it holds more than tensors and plain data; the file before it stays.
+        """
         content = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
             "extra": self.extra,
             "state": _capture(strategy),
         }
-        save_whole(content, self.path, self.previous)
+        with written_whole(self.path, self.previous) as file:
+            torch.save(_without_numpy(content), file)
+            file.flush()
+            unknown = get_unsafe_globals_in_checkpoint(file.name)
+            if unknown:
+                raise TypeError(
+                    "checkpoint: expected tensors and plain data, in `extra` and as the states of "
+                    f"plugins and metrics, got {', '.join(unknown)}"
+                )
 
     def load(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Read the newest whole state and :attr:`extra`.
@@ -78,20 +91,25 @@ class Checkpoint:
         return None, refused
 
 
-def save_whole(content: Any, path: Path, previous: Path | None = None) -> None:
-    """Write tensors and plain data beside, flush them to the disk, and rename them into place.
+@contextmanager
+def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file to write beside; then flush it to the disk and rename it into place.
 
-    A process killed at any moment leaves the old file or the new one.
+    A process killed at any moment leaves the old file or the new one, and so does an error.
 
     :param path: the file; folders that lack are made.
     :param previous: what an older file is renamed to, instead of being replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        unfinished.unlink()  # On a full disk it would take the room that is left.
+        raise
     if previous is not None and path.exists():
         os.replace(path, previous)
     os.replace(unfinished, path)
@@ -107,13 +125,12 @@ def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None
     :param strategy: a strategy built from the same configuration.
     :param state: what :meth:`Checkpoint.load` returned; without ``"plugins"`` these stay fresh.
     :param stream: the training stream, which exemplars are positions in.
+    :raises ValueError: if its plugins or metrics with a state are not as many as the saved ones.
     """
     strategy.model.load_state_dict(state["model"])
     strategy.model.to(strategy.device)
     if "plugins" in state:
-        # Weight alignment, which has no state, once saved one.
-        states = [saved for saved in state["plugins"] if set(saved) != {"aligned"}]
-        for plugin, saved in zip(_stateful(strategy.plugins), states, strict=True):
+        for plugin, saved in zip(_stateful(strategy.plugins), state["plugins"], strict=True):
             try:
                 inspect.signature(plugin.load_state_dict).bind(saved, stream)
             except TypeError:
@@ -124,8 +141,7 @@ def restore(strategy: Any, state: dict[str, Any], stream: Sequence[Any]) -> None
     if state["phase"] is not None:
         strategy.resume_from = state
     else:
-        # Older states do not say what the optimizer was set to.
-        strategy.optimizer.param_groups[0].update(state.get("settings", {}))
+        strategy.optimizer.param_groups[0].update(state["settings"])
         _restore_random(state["random"])
 
 
@@ -166,6 +182,19 @@ def _restore_counts(strategy: Any, state: dict[str, Any]) -> None:
         setattr(strategy.clock, name, value)
     for metric, saved in zip(_stateful(strategy.evaluator.metrics), state["metrics"], strict=True):
         metric.load_state_dict(saved)
+
+
+def _without_numpy(content: Any) -> Any:
+    """Return plain data with Python's numbers and torch's tensors for numpy's."""
+    if isinstance(content, np.generic):
+        return content.item()
+    if isinstance(content, np.ndarray):
+        return torch.from_numpy(content.copy())
+    if type(content) is dict:
+        return {_without_numpy(k): _without_numpy(v) for k, v in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(map(_without_numpy, content))
+    return content
 
 
 def _stateful(objects: Sequence[Any]) -> list[Any]:

@@ -72,6 +72,8 @@ class Compression:
             raise ValueError(f"max_distance: expected above 0, to 2, got {self.max_distance}")
         if self.short_side is not None and self.short_side < 1:
             raise ValueError(f"short_side: expected at least 1 pixel, got {self.short_side}")
+        for name in ("new_images", "max_distance"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def encode(self, image: Image.Image, quality: int | None = None) -> bytes:
         """Return an image's file.
@@ -93,7 +95,7 @@ class Compression:
         return file.getvalue()
 
 
-class _OriginalImages(Dataset[tuple[Image.Image, int]]):
+class OriginalImages(Dataset[tuple[Image.Image, int]]):
     """The images of a part of a data set, before any transform, and their classes."""
 
     def __init__(self, part: Part, targets: Sequence[int]) -> None:
@@ -177,7 +179,7 @@ def through_codec(
     """
 
     def leaf(part: Part, targets: list[int]) -> Any:
-        originals = _OriginalImages(part, targets)
+        originals = OriginalImages(part, targets)
         own: list[bytes | None]
         if files is None:
             own = [compression.encode(originals[i][0], quality) for i in range(len(targets))]

@@ -108,15 +108,13 @@ class DynamicallyExpandableRepresentation(ReplayTemplate):
             losses.append(
                 SparsityPlugin(sparsity_weight, mask_s_max=mask_s_max, mask_rate=mask_rate)
             )
-        if base_kwargs.get("later_phases") is None:
-            representation = Phase(base_kwargs.get("train_epochs", 1))
-            base_kwargs["later_phases"] = (representation, DER_CLASSIFIER)
         super().__init__(
             model=model,
             optimizer=optimizer,
             criterion=criterion,
             mem_size=mem_size,
             method_plugins=losses,
+            closing_phases=(DER_CLASSIFIER,),
             **base_kwargs,
         )
 

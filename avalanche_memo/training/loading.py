@@ -21,21 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from avalanche.benchmarks.utils.data import AvalancheDataset
-from avalanche.benchmarks.utils.data_loader import (
-    GroupBalancedDataLoader,
-    MultiDatasetDataLoader,
-    ReplayDataLoader,
-    SingleDatasetDataLoader,
-    TaskBalancedDataLoader,
-)
-from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     RandomSampler,
-    SequentialSampler,
     default_collate,
 )
 
@@ -46,10 +36,9 @@ from avalanche_memo.training.batch_transforms import (
     Recipe,
     UnsupportedError,
     channels_first,
-    parse_chain,
-    unfold_transforms,
+    parse_transforms,
 )
-from avalanche_memo.training.compression import EitherImages
+from avalanche_memo.training.compression import EitherImages, EncodedImages, OriginalImages
 from avalanche_memo.training.samples import (
     Part,
     own_transforms,
@@ -58,7 +47,13 @@ from avalanche_memo.training.samples import (
     sample_parts,
 )
 
-__all__ = ["ResidentBatches", "ResidentLoader", "resident_loader", "shuffled_loader"]
+__all__ = [
+    "DecodedImages",
+    "ResidentLoader",
+    "make_resident",
+    "resident_loader",
+    "shuffled_loader",
+]
 
 logger = logging.getLogger("avalanche_memo")
 
@@ -130,7 +125,7 @@ class _Decoder(Dataset[Tensor]):
         return self.recipe.prepare(pil_image(self.leaf, self.indices[position]))
 
 
-class _DecodedImages:
+class DecodedImages:
     """The images most lately decoded, up to a byte limit, so that each is decoded once per run."""
 
     def __init__(self, byte_limit: int) -> None:
@@ -156,6 +151,11 @@ class _DecodedImages:
         )
         images = (torch.from_numpy(array) for batch in loader for array in batch)
         for (position, index), image in zip(missing, images, strict=False):
+            if isinstance(
+                part.leaf, EncodedImages | OriginalImages
+            ):  # Made anew for each experience.
+                yield position, image
+                continue
             # The leaf goes along, so that its id is not used again.
             key = (id(part.leaf), recipe.prefix_key, index)
             self._bytes += image.nbytes if key not in self._images else 0
@@ -189,7 +189,6 @@ class ResidentLoader:
     :param samples: how many samples an epoch has, drawn anew each time if it is shuffled; all where
         it is not given.
     :param device: where the images and the batches live.
-    :param channels_last: whether x has the channels-last memory format.
     """
 
     def __init__(
@@ -204,12 +203,10 @@ class ResidentLoader:
         shuffle: bool,
         samples: int | None = None,
         device: torch.device | str = "cpu",
-        channels_last: bool = False,
     ) -> None:
         self.recipe = recipe
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.channels_last = channels_last
         self.image_size: tuple[int, int] = (images.shape[2], images.shape[3])
         self.images = recipe.store(images.to(device))
         self.labels = [label.to(device) for label in labels]
@@ -242,8 +239,6 @@ class ResidentLoader:
             index = order[rows]
             drawn = [None if d is None else d[rows] for d in draws]
             x = self.recipe.gather(self.images, source[rows], drawn)
-            if self.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
             yield [x, *(label[index] for label in self.labels)]
 
 
@@ -334,8 +329,41 @@ def _with_both(parts: list[Part], n: int) -> tuple[list[Part], Tensor, float]:
     return both, others, max(probabilities, default=0.0)
 
 
+def _labels(dataset: Any) -> list[Tensor]:
+    """Return the targets, then what else samples carry, each int64 ``[N]``."""
+    attributes = list(dataset._data_attributes.values())
+    targets = [a for a in attributes if a.name == "targets" and not a.use_in_getitem]
+    if not targets:
+        raise UnsupportedError("the data set has no targets")
+    return [_attribute(a) for a in targets + [a for a in attributes if a.use_in_getitem]]
+
+
+def _fill(
+    images: Tensor, part: Part, recipe: Recipe, decoded: DecodedImages, num_workers: int
+) -> None:
+    """Write a part's images into their rows of all images ``[N, C, H, W]``."""
+    array = pixel_array(part.leaf)
+    found: Any = decoded.load(part, recipe, num_workers)
+    if array is not None and not recipe.prefix:
+        chunk = channels_first(torch.as_tensor(array[part.indices]))
+        found = zip([part.positions], chunk[None], strict=True)
+    for rows, image in found:
+        if image.shape[-3:] != images.shape[1:]:
+            raise UnsupportedError("images of different sizes")
+        images[rows] = image
+
+
+def _check_crops(recipe: Recipe, height: int, width: int) -> None:
+    for op in recipe.ops:
+        if isinstance(op, RandomCrop) and any(
+            have < want for have, want in zip(op.padded_size(height, width), op.size, strict=True)
+        ):
+            raise UnsupportedError("a crop larger than the image")
+        height, width = op.output_size(height, width)
+
+
 @_random_states_kept()
-def _make(
+def make_resident(
     dataset: Any,
     *,
     batch_size: int,
@@ -343,8 +371,7 @@ def _make(
     samples: int | None = None,
     device: torch.device | str,
     byte_limit: int,
-    channels_last: bool,
-    decoded: _DecodedImages,
+    decoded: DecodedImages,
     num_workers: int,
 ) -> ResidentLoader:
     """Make the images of a data set resident; see :func:`resident_loader`.
@@ -359,18 +386,10 @@ def _make(
     everything = np.arange(n)
     flat = dataset._flat_data
     parts = list(sample_parts(flat, everything, everything, flat._transform_groups.current_group))
-    recipes = []
-    for part in parts:
-        chain = [step for transform in part.chain for step in unfold_transforms(transform)]
-        recipes.append(parse_chain(own_transforms(part.leaf) + chain))
-    recipe = recipes[0]
-    if any(other != recipe for other in recipes[1:]):
+    recipe, *other_recipes = [parse_transforms([*own_transforms(p.leaf), *p.chain]) for p in parts]
+    if any(other != recipe for other in other_recipes):
         raise UnsupportedError("parts of the data set have different transforms")
-    attributes = list(dataset._data_attributes.values())
-    targets = [a for a in attributes if a.name == "targets" and not a.use_in_getitem]
-    if not targets:
-        raise UnsupportedError("the data set has no targets")
-    labels = [_attribute(a) for a in targets + [a for a in attributes if a.use_in_getitem]]
+    labels = _labels(dataset)
 
     # One image tells the size, before the memory of all is taken.
     probe = _Decoder(parts[0].leaf, parts[0].indices[:1].tolist(), recipe)[0]
@@ -384,23 +403,8 @@ def _make(
         )
     images = torch.empty(rows, *probe.shape, dtype=torch.uint8)
     for part in parts:
-        array = pixel_array(part.leaf)
-        if array is not None and not recipe.prefix:
-            chunk = channels_first(torch.as_tensor(array[part.indices]))
-            if chunk.shape[1:] != probe.shape:
-                raise UnsupportedError("images of different sizes")
-            images[part.positions] = chunk
-            continue
-        for position, image in decoded.load(part, recipe, num_workers):
-            if image.shape != probe.shape:
-                raise UnsupportedError("images of different sizes")
-            images[position] = image
-    for op in recipe.ops:
-        if isinstance(op, RandomCrop) and any(
-            have < want for have, want in zip(op.padded_size(height, width), op.size, strict=True)
-        ):
-            raise UnsupportedError("a crop larger than the image")
-        height, width = op.output_size(height, width)
+        _fill(images, part, recipe, decoded, num_workers)
+    _check_crops(recipe, height, width)
     first_of_leaf = {id(part.leaf): int(part.positions[0]) for part in reversed(parts)}
     compared = {0, n // 2, n - 1, *(first for first in first_of_leaf.values() if first < n)}
     _check(dataset, images, labels, recipe, others, probability, compared)
@@ -414,7 +418,6 @@ def _make(
         shuffle=shuffle,
         samples=samples,
         device=device,
-        channels_last=channels_last,
     )
 
 
@@ -425,7 +428,6 @@ def resident_loader(
     shuffle: bool = False,
     device: torch.device | str = "cpu",
     byte_limit: int = 2 << 30,
-    channels_last: bool = False,
 ) -> ResidentLoader | None:
     """Return a loader over an Avalanche data set in its current transform group, if possible.
 
@@ -434,182 +436,18 @@ def resident_loader(
     :param shuffle: whether each epoch has a new order.
     :param device: where the images and the batches live.
     :param byte_limit: the most bytes that the resident images may take.
-    :param channels_last: whether batches have the channels-last memory format.
     :return: the loader, or None where the images or their transforms do not allow it.
     """
     try:
-        return _make(
+        return make_resident(
             dataset,
             batch_size=batch_size,
             shuffle=shuffle,
             device=device,
             byte_limit=byte_limit,
-            channels_last=channels_last,
-            decoded=_DecodedImages(0),
+            decoded=DecodedImages(0),
             num_workers=0,
         )
     except UnsupportedError as reason:
         logger.debug("no resident loader: %s", reason)
         return None
-
-
-# --- the plugin -----------------------------------------------------------------------------------
-
-_AVALANCHE_LOADERS = (
-    GroupBalancedDataLoader,
-    MultiDatasetDataLoader,
-    ReplayDataLoader,
-    SingleDatasetDataLoader,
-    TaskBalancedDataLoader,
-)
-
-
-def _plain(loader: Any) -> tuple[Any, int, bool, int | None]:
-    """Return what a loader batches, if it does nothing else.
-
-    :return: the data set, the batch size, whether epochs are shuffled, how many samples one has.
-
-    :raises UnsupportedError: if it mixes groups, samples in its own way or drops samples.
-    """
-    name = type(loader).__name__
-    batch_size: Any
-    samples: int | None = None
-    if type(loader) in _AVALANCHE_LOADERS:
-        if len(loader.datasets) != 1 or loader.never_ending or loader.distributed_sampling:
-            raise UnsupportedError(f"{name} composes its batches itself")
-        dataset, options = loader.datasets[0], loader.loader_kwargs
-        if any(options.get(own) for own in ("drop_last", "sampler", "batch_sampler", "generator")):
-            raise UnsupportedError(f"{name} samples in its own way")
-        batch_size, shuffle = loader.batch_sizes[0], bool(options.get("shuffle", False))
-        collate = options["collate_fn"]
-    elif type(loader) is DataLoader:
-        sampler: Any = loader.sampler
-        once = type(sampler) is SequentialSampler or (
-            type(sampler) is RandomSampler
-            and not sampler.replacement
-            and sampler.num_samples <= len(sampler.data_source)
-        )
-        # A sampler may go over other data, and a batch sampler of the user's has its own sampler.
-        once = once and sampler.data_source is loader.dataset and loader.batch_size is not None
-        own = loader.drop_last or loader.generator or getattr(sampler, "generator", None)
-        if not once or own or type(loader.batch_sampler) is not BatchSampler:
-            raise UnsupportedError("the DataLoader samples in its own way")
-        dataset, batch_size, samples = loader.dataset, loader.batch_size, len(sampler)
-        shuffle, collate = type(sampler) is RandomSampler, loader.collate_fn
-    else:
-        raise UnsupportedError(f"{name} composes its batches itself")
-    if collate is not default_collate:
-        raise UnsupportedError(f"{name} has a collate function of its own")
-    return dataset, batch_size, shuffle, samples
-
-
-def _keep_workers(loader: Any) -> Any:
-    """Return a loader with the same batches whose workers live on from epoch to epoch."""
-    if type(loader) in _AVALANCHE_LOADERS:
-        if loader.loader_kwargs.get("num_workers", 0):
-            loader.loader_kwargs["persistent_workers"] = True
-    elif type(loader) is DataLoader and loader.num_workers and not loader.persistent_workers:
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=loader.batch_sampler,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=loader.generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=True,
-        )
-    return loader
-
-
-class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ignore[call-arg]
-    """Replaces the loaders of any strategy by :class:`ResidentLoader` wherever that is certain.
-
-    It recognises RandomCrop, RandomHorizontalFlip, ColorJitter (brightness), RandomResizedCrop,
-    ToTensor and Normalize, after any Resize, CenterCrop, Pad and Grayscale, which are applied once.
-    Before it takes over, samples are compared with the data set's own from the same random state;
-    of a data set that draws no random numbers, an image is taken to be the same each time.
-    Otherwise the strategy's loader stays, and its workers, if `train` was given any, are kept
-    through the epochs, unless the strategy saves checkpoints. Loaders that compose their batches
-    (`ReplayDataLoader`, several task labels) always stay. Put this plugin after those that set the
-    loader. The logger "avalanche_memo" says which path is on, once per change.
-
-    :param byte_limit: the most bytes that the resident images of a loader may take; images that
-        had to be decoded from files are kept in host memory within the same limit.
-    :param train: whether training batches are replaced.
-    :param evaluation: whether evaluation batches are replaced.
-    :param eval_batch_size: the least batch size of evaluation, where results do not depend on it;
-        None for 512 on an accelerator and `eval_mb_size` on the CPU, where larger batches leave
-        the caches (ResNet-32: 512 at once was 1.6 to 3 times slower than 32).
-    :param channels_last: whether batches have the channels-last memory format.
-    """
-
-    def __init__(
-        self,
-        byte_limit: int = 2 << 30,
-        *,
-        train: bool = True,
-        evaluation: bool = True,
-        eval_batch_size: int | None = None,
-        channels_last: bool = False,
-    ) -> None:
-        super().__init__()
-        self.byte_limit = byte_limit
-        self.train = train
-        self.evaluation = evaluation
-        self.eval_batch_size = eval_batch_size
-        self.channels_last = channels_last
-        self._decoded = _DecodedImages(byte_limit)
-        self._logged: dict[str, str] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Decoded images are a cache: copies and checkpoints go without.
-        return {**self.__dict__, "_decoded": _DecodedImages(self.byte_limit)}
-
-    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Replace the training loader."""
-        if self.train:
-            self._replace(strategy, "training", 1, kwargs.get("num_workers", 0))
-
-    def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-        """Replace the evaluation loader."""
-        if self.evaluation:
-            least = self.eval_batch_size
-            if least is None:
-                least = 1 if torch.device(strategy.device).type == "cpu" else 512
-            self._replace(strategy, "evaluation", least, kwargs.get("num_workers", 0))
-
-    def _replace(self, strategy: Any, what: str, least_batch: int, num_workers: int) -> None:
-        try:
-            dataset, batch_size, shuffle, samples = _plain(strategy.dataloader)
-            strategy.dataloader = loader = _make(
-                dataset,
-                batch_size=max(batch_size, least_batch),
-                shuffle=shuffle,
-                samples=samples,
-                device=strategy.device,
-                byte_limit=self.byte_limit,
-                channels_last=self.channels_last,
-                decoded=self._decoded,
-                num_workers=num_workers,
-            )
-        except UnsupportedError as reason:
-            # An evaluation is one pass: there is nothing to keep. And what a worker draws depends
-            # on the epochs that it has seen, which a resumed run could not make up for.
-            if what == "training" and getattr(strategy, "checkpoint", None) is None:
-                strategy.dataloader = _keep_workers(strategy.dataloader)
-            self._log(logging.WARNING, what, "the strategy's own loader", str(reason))
-        else:
-            sizes = f"{loader.images.nbytes / 2**20:.1f} of at most {self.byte_limit / 2**20:.0f}"
-            path = f"a resident tensor on {strategy.device}"
-            self._log(logging.INFO, what, path, f"transforms recognised, {sizes} MiB")
-
-    def _log(self, level: int, what: str, path: str, reason: str) -> None:
-        """Log one line if the path, or the reason for falling back, has changed."""
-        key = path if level == logging.INFO else reason
-        if self._logged.get(what) != key:
-            self._logged[what] = key
-            logger.log(level, "%s batches: %s (%s)", what, path, reason)

@@ -1,11 +1,12 @@
 """The published losses as pure functions: one equation each, with its source."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from avalanche_memo.training.ranges import at_least_zero, positive
 
 __all__ = [
     "POOLINGS",
@@ -171,8 +172,7 @@ class NCALoss:
         hinge: bool = True,
         nca: str = "equation",
     ) -> None:
-        if not 0 <= margin < math.inf:
-            raise ValueError(f"margin: expected a number of at least 0, got {margin}")
+        at_least_zero("margin", margin)
         if nca not in ("equation", "released"):
             raise ValueError(f"nca: expected 'equation' or 'released', got {nca!r}")
         self.model, self.margin, self.hinge, self.nca = model, margin, hinge, nca
@@ -196,13 +196,8 @@ def softmax_distillation_loss(new_logits: Tensor, old_logits: Tensor, temperatur
     :param temperature: T.
     :raises ValueError: if the temperature is not above 0 or the shapes differ.
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-    if new_logits.shape != old_logits.shape or new_logits.ndim != 2:
-        raise ValueError(
-            "new_logits, old_logits: expected the same shape [B, C], "
-            f"got {tuple(new_logits.shape)} and {tuple(old_logits.shape)}"
-        )
+    positive("temperature", temperature)
+    _check_alike("new_logits, old_logits", "[B, C]", new_logits, old_logits)
     new = F.log_softmax(new_logits / temperature, dim=1)
     old = F.log_softmax(old_logits / temperature, dim=1)
     return F.kl_div(new, old, reduction="batchmean", log_target=True) * temperature**2
@@ -218,11 +213,7 @@ def less_forget_loss(old_features: Tensor, new_features: Tensor) -> Tensor:
     :param new_features: ``[B, D]``.
     :raises ValueError: if the shapes differ.
     """
-    if old_features.shape != new_features.shape or old_features.ndim != 2:
-        raise ValueError(
-            "old_features, new_features: expected the same shape [B, D], "
-            f"got {tuple(old_features.shape)} and {tuple(new_features.shape)}"
-        )
+    _check_alike("old_features, new_features", "[B, D]", old_features, new_features)
     return (1 - F.cosine_similarity(old_features, new_features, dim=1)).mean()
 
 
@@ -260,14 +251,6 @@ def margin_ranking_loss(
     return losses.where(is_old, 0.0).sum() / is_old.sum().clamp(min=1)
 
 
-def _check_columns(similarities: Tensor) -> None:
-    if similarities.ndim != 2 or similarities.shape[1] < 1:
-        raise ValueError(
-            "similarities: expected [B, W] with at least one column, "
-            f"got shape {tuple(similarities.shape)}"
-        )
-
-
 def sparsity_loss(
     masks: Sequence[Tensor],
     kernel_areas: Sequence[int],
@@ -296,3 +279,19 @@ def sparsity_loss(
         for area, source, mask in zip(kernel_areas, sources, masks, strict=True)
     )
     return torch.stack(terms).sum() / weights
+
+
+def _check_alike(names: str, shape: str, one: Tensor, other: Tensor) -> None:
+    if one.shape != other.shape or one.ndim != 2:
+        raise ValueError(
+            f"{names}: expected the same shape {shape}, "
+            f"got {tuple(one.shape)} and {tuple(other.shape)}"
+        )
+
+
+def _check_columns(similarities: Tensor) -> None:
+    if similarities.ndim != 2 or similarities.shape[1] < 1:
+        raise ValueError(
+            "similarities: expected [B, W] with at least one column, "
+            f"got shape {tuple(similarities.shape)}"
+        )

@@ -110,9 +110,6 @@ class PODNet(ReplayTemplate):
                     kd_weight, temperature, adaptive=kd_adaptive, teacher=teacher
                 )
             )
-        if base_kwargs.get("later_phases") is None:
-            training = Phase(base_kwargs.get("train_epochs", 1))
-            base_kwargs["later_phases"] = (training, PODNET_BALANCED)
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -123,5 +120,6 @@ class PODNet(ReplayTemplate):
                 *losses,
                 GradientClampPlugin(gradient_limit),
             ],
+            closing_phases=(PODNET_BALANCED,),
             **base_kwargs,
         )

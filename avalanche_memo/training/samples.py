@@ -74,7 +74,10 @@ def sample_parts(
         indices, children = np.asarray(node.indices, np.int64)[indices], [node.dataset]
     elif type(node) is ConcatDataset:
         children = node.datasets
-    elif isinstance(node, (AvalancheDataset, Subset, ConcatDataset)):
+    elif group is None and isinstance(node, AvalancheDataset):
+        yield from sample_parts(node._flat_data, indices, positions, None)
+        return
+    elif group is not None and isinstance(node, (AvalancheDataset, Subset, ConcatDataset)):
         raise UnsupportedError(f"a nested {type(node).__name__}")
     else:
         yield Part(node, indices, positions, chain)
@@ -89,10 +92,7 @@ def sample_parts(
 
 
 def sample_origins(dataset: AvalancheDataset) -> list[tuple[int, int]]:
-    """Return, per sample, which innermost data set (its `id`) it is of, and which of its samples.
-
-    :raises UnsupportedError: if the data set is nested in a way that is not known.
-    """
+    """Return, per sample, which innermost data set (its `id`) it is of, and which one there."""
     origins = np.empty((len(dataset), 2), np.int64)
     everything = np.arange(len(dataset))
     for part in sample_parts(dataset._flat_data, everything, everything, None):

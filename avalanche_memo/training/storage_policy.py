@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,18 +14,18 @@ from avalanche.training.storage_policy import ExemplarsBuffer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from avalanche_memo.budget import image_bytes
 from avalanche_memo.training.batch_transforms import UnsupportedError
 from avalanche_memo.training.compression import Compression, lowest_quality, through_codec
 from avalanche_memo.training.loading import resident_loader
+from avalanche_memo.training.ranges import at_least_one
 from avalanche_memo.training.samples import original_image, sample_origins
 
 __all__ = [
     "MEMORY_RATES",
     "HerdingBuffer",
     "MemoryRates",
-    "at_least_one",
     "balanced_choice",
+    "check_extractor",
     "dataset_features",
     "dataset_logits",
     "herding_order",
@@ -125,6 +124,18 @@ def balanced_choice(targets: Tensor, share: float, seed: int) -> Tensor:
     return torch.cat([shuffled[targets[shuffled] == c][:per_class] for c in classes])
 
 
+def check_extractor(model: Any) -> None:
+    """Check that a model can extract features.
+
+    :raises TypeError: if it can't.
+    """
+    if not hasattr(model, "extract_features"):
+        raise TypeError(
+            "model: expected a module with extract_features(images), such as an "
+            f"ExpandableNetwork, got {type(model).__name__}"
+        )
+
+
 def dataset_features(
     model: Any, dataset: Any, device: torch.device | str, batch_size: int = 128
 ) -> Tensor:
@@ -139,11 +150,7 @@ def dataset_features(
     :param batch_size: images at a time.
     :raises TypeError: if the model can't extract features.
     """
-    if not hasattr(model, "extract_features"):
-        raise TypeError(
-            "model: expected a module with extract_features(images), such as an "
-            f"ExpandableNetwork, got {type(model).__name__}"
-        )
+    check_extractor(model)
     features = _evaluated(model, model.extract_features, dataset, device, batch_size)
     return F.normalize(features.float(), dim=1)
 
@@ -220,6 +227,20 @@ class HerdingBuffer(ExemplarsBuffer):
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
 
+    def capacity(self, n_classes: int, experience: int | None = None) -> int:
+        """Return how many exemplars may be held in all when ``n_classes`` have been seen.
+
+        :param n_classes: classes seen.
+        :param experience: after which experience, counted from 0; the latest if not given.
+        :raises ValueError: if the memory has no rate for the experience.
+        """
+        fixed = self.exemplars_per_class
+        exemplars = int(self.max_size if fixed is None else fixed * n_classes)
+        if self.rates is not None:
+            latest = max(0, len(self._sources) - 1)
+            exemplars += self.rates.extra(latest if experience is None else experience)
+        return exemplars
+
     def quota(self, n_classes: int, experience: int | None = None, place: int | None = None) -> int:
         """Return the exemplars a class holds when ``n_classes`` have been seen.
 
@@ -229,19 +250,13 @@ class HerdingBuffer(ExemplarsBuffer):
         :raises ValueError: if the memory is smaller than the number of classes, or has no rate for
             the experience.
         """
-        extra = 0
-        if self.rates is not None:
-            latest = max(0, len(self._sources) - 1)
-            extra = self.rates.extra(latest if experience is None else experience)
-        spent = n_classes - 1 - place if self.spend_remainder and place is not None else 0
-        if self.exemplars_per_class is not None:
-            return self.exemplars_per_class + (extra + spent) // n_classes
-        if self.max_size < n_classes:
+        if self.exemplars_per_class is None and self.max_size < n_classes:
             raise ValueError(
                 f"mem_size: expected at least one exemplar for each of {n_classes} classes, "
                 f"got {self.max_size}"
             )
-        return int((self.max_size + extra + spent) // n_classes)
+        spent = n_classes - 1 - place if self.spend_remainder and place is not None else 0
+        return (self.capacity(n_classes, experience) + spent) // n_classes
 
     def _quotas(self, classes: Sequence[int]) -> dict[int, int]:
         """Return what each of the classes seen, in order of appearance, holds."""
@@ -258,6 +273,12 @@ class HerdingBuffer(ExemplarsBuffer):
         room = self.quota(n_classes, 0 if self.rates is None else len(self.rates.rates) - 1)
         if self.compression is None:
             return
+        known = 2 + sum(a.use_in_getitem for a in dataset._data_attributes.values())
+        if (fields := len(dataset.eval()[0])) != known:
+            raise ValueError(
+                f"compression: expected samples of {known} fields, image, target and attributes, "
+                f"got {fields}"
+            )
         lowest = 1 if self.compression.quality == "auto" else None
         try:
             size = len(self.compression.encode(original_image(dataset, 0), lowest))
@@ -277,7 +298,7 @@ class HerdingBuffer(ExemplarsBuffer):
         :param agent_state: the strategy, with ``model`` and ``device``.
         :param exp: the experience just learned.
         """
-        targets = torch.as_tensor(list(exp.dataset.targets))
+        targets = _targets(exp.dataset)
         source = self._source_of(exp, targets)
         present = [int(c) for c in torch.unique(targets)]
         quotas = self._quotas(list(dict.fromkeys([*self.order, *present])))
@@ -301,7 +322,7 @@ class HerdingBuffer(ExemplarsBuffer):
 
         :param exp: the experience.
         """
-        if not set(self.order).intersection(torch.as_tensor(list(exp.dataset.targets)).tolist()):
+        if self.order.keys().isdisjoint(_targets(exp.dataset).tolist()):
             return self.buffer
         held = set(sample_origins(exp.dataset))
         origins = sample_origins(self._originals(torch.cat(list(self.order.values()))))
@@ -356,7 +377,9 @@ class HerdingBuffer(ExemplarsBuffer):
 
         :param state: what :meth:`state_dict` returned.
         :param stream: the training stream that the positions point into.
+        :raises ValueError: if the stream is another, as one without a seed is in each process.
         """
+        _check_stream(state, stream)
         datasets = {e.current_experience: e.dataset for e in stream}
         self._sources = [(e, datasets[e]) for e in state["experiences"]]
         self.order = dict(state["order"])
@@ -370,7 +393,8 @@ class HerdingBuffer(ExemplarsBuffer):
     def _source_of(self, exp: Any, targets: Tensor) -> int:
         number = int(exp.current_experience)
         for source, (known, dataset) in enumerate(self._sources):
-            if known == number and torch.equal(targets, torch.as_tensor(list(dataset.targets))):
+            same = known == number and torch.equal(targets, _targets(dataset))
+            if same and sample_origins(dataset) == sample_origins(exp.dataset):
                 return source
         self._sources.append((number, exp.dataset))
         return len(self._sources) - 1
@@ -438,8 +462,29 @@ class HerdingBuffer(ExemplarsBuffer):
         return parts[0] if len(parts) == 1 else concat_datasets(parts)
 
 
+def _targets(dataset: Any) -> Tensor:
+    """Return the class ids ``[n]`` of a data set."""
+    return torch.as_tensor(list(dataset.targets))
+
+
+def _check_stream(state: dict[str, Any], stream: Sequence[Any]) -> None:
+    """Check that a stream has the samples of a saved memory, as far as their classes tell."""
+    found = [e for e in stream if e.current_experience in state["experiences"]]
+    targets = {e.current_experience: _targets(e.dataset) for e in found}
+    good = len(found) == len(targets) == len(state["experiences"])
+    for c, rows in state["order"].items():
+        for source, position in rows.tolist() if good else []:
+            own = targets[state["experiences"][source]]
+            good = good and position < len(own) and int(own[position]) == c
+    if not good:
+        raise ValueError(
+            "stream: expected the training stream that the memory was saved with, its classes in "
+            "the same order, got another; a benchmark needs a seed to be the same again"
+        )
+
+
 def _raw_bytes(dataset: Any) -> int:
-    return image_bytes(tuple(dataset.eval()[0][0].shape))
+    return math.prod(dataset.eval()[0][0].shape)
 
 
 def _by_source(rows: Tensor) -> list[Tensor]:
@@ -465,12 +510,3 @@ def _evaluated(
     outputs = [function(batch[0].to(device)) for batch in batches]
     model.train(was_training)
     return torch.cat(outputs)
-
-
-def at_least_one(name: str, value: Any) -> None:
-    """Check that a number is whole and at least 1.
-
-    :raises ValueError: if it is not; ``name`` is the argument's.
-    """
-    if not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")

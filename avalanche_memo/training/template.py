@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from avalanche_memo.models import ExpandableNetwork, FastPath
 from avalanche_memo.training.checkpoint import Checkpoint, restore_progress
 from avalanche_memo.training.compression import Compression
-from avalanche_memo.training.loading import ResidentBatches, shuffled_loader
+from avalanche_memo.training.loading import shuffled_loader
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
+from avalanche_memo.training.plugins.resident_batches import ResidentBatches
 from avalanche_memo.training.plugins.sparsity import SparsityPlugin
 from avalanche_memo.training.storage_policy import MemoryRates, balanced_choice
 
@@ -66,60 +67,34 @@ class Phase:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        _check(
-            isinstance(self.epochs, Integral) and self.epochs >= 1,
-            "epochs",
-            "a whole number of at least 1",
-            self.epochs,
-        )
-        _check(self.lr is None or 0 < self.lr < math.inf, "lr", "a positive rate or None", self.lr)
-        _check(
-            self.weight_decay is None or 0 <= self.weight_decay < math.inf,
-            "weight_decay",
-            "a number of at least 0 or None",
-            self.weight_decay,
-        )
-        _check(
-            list(self.milestones) == sorted({m for m in self.milestones if m > 0}),
-            "milestones",
-            "rising epoch numbers above 0",
-            self.milestones,
-        )
-        _check(
-            not (self.cosine and self.milestones),
-            "milestones",
-            "none beside cosine",
-            self.milestones,
-        )
-        _check(
-            0 <= self.warmup_epochs <= self.epochs,
-            "warmup_epochs",
-            f"0 to the phase's {self.epochs} epochs",
-            self.warmup_epochs,
-        )
-        _check(0 < self.gamma < math.inf, "gamma", "a positive number", self.gamma)
-        _check(self.learns in ("all", "classifier"), "learns", "'all' or 'classifier'", self.learns)
-        _check(
-            self.data in ("all", "balanced", "exemplars"),
-            "data",
-            "'all', 'balanced' or 'exemplars'",
-            self.data,
-        )
-        _check(
-            self.data != "exemplars" or self.learns == "classifier",
-            "data",
-            "'exemplars' only where learns is 'classifier'",
-            self.data,
-        )
-        _check(
-            self.images is None or (isinstance(self.images, Integral) and self.images >= 1),
-            "images",
-            "a whole number of at least 1 or None",
-            self.images,
-        )
-        _check(
-            0 < self.temperature < math.inf, "temperature", "a positive number", self.temperature
-        )
+
+        def expect(name: str, expected: str, good: bool) -> None:
+            _check(good, name, expected, getattr(self, name))
+
+        def counts(number: Any) -> bool:
+            return isinstance(number, Integral) and not number < 1
+
+        expect("epochs", "a whole number of at least 1", counts(self.epochs))
+        expect("lr", "a positive rate or None", self.lr is None or 0 < self.lr < math.inf)
+        decays = self.weight_decay is None or 0 <= self.weight_decay < math.inf
+        expect("weight_decay", "a number of at least 0 or None", decays)
+        rising = list(self.milestones) == sorted({m for m in self.milestones if m > 0})
+        expect("milestones", "rising epoch numbers above 0", rising)
+        expect("milestones", "none beside cosine", not (self.cosine and self.milestones))
+        warms_up = 0 <= self.warmup_epochs <= self.epochs
+        expect("warmup_epochs", f"0 to the phase's {self.epochs} epochs", warms_up)
+        expect("gamma", "a positive number", 0 < self.gamma < math.inf)
+        expect("learns", "'all' or 'classifier'", self.learns in ("all", "classifier"))
+        known = self.data in ("all", "balanced", "exemplars")
+        expect("data", "'all', 'balanced' or 'exemplars'", known)
+        fits = self.data != "exemplars" or self.learns == "classifier"
+        expect("data", "'exemplars' only where learns is 'classifier'", fits)
+        some = self.images is None or counts(self.images)
+        expect("images", "a whole number of at least 1 or None", some)
+        expect("temperature", "a positive number", 0 < self.temperature < math.inf)
+        for name in ("lr", "weight_decay", "gamma", "temperature"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
 
     @property
     def scheduled(self) -> bool:
@@ -152,6 +127,8 @@ class IncrementalTemplate(SupervisedTemplate):
         may then be changed between experiences.
     :param later_phases: phases of the later ones; likewise. Later is all that follows the first
         experience given to ``train``, even if that one is given again.
+    :param closing_phases: what follows the phase of ``train_epochs`` in the later experiences where
+        no ``later_phases`` are given.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after each epoch, or ``None``.
     :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for a
@@ -176,6 +153,7 @@ class IncrementalTemplate(SupervisedTemplate):
         method_plugins: Sequence[Any] = (),
         first_phases: Sequence[Phase] | None = None,
         later_phases: Sequence[Phase] | None = None,
+        closing_phases: Sequence[Phase] = (),
         train_mb_size: int = 1,
         train_epochs: int = 1,
         eval_mb_size: int | None = None,
@@ -199,17 +177,17 @@ class IncrementalTemplate(SupervisedTemplate):
         ]
         good = checkpoint is None or not growing
         _check(good, "checkpoint", f"None for a model with {growing}, which grow", checkpoint)
-        if len(optimizer.param_groups) != 1:
-            raise ValueError(
-                f"optimizer: expected one parameter group, got {len(optimizer.param_groups)}"
-            )
+        groups = len(optimizer.param_groups)
+        _check(groups == 1, "optimizer", "one parameter group", groups)
         parts = FastPath.of(fast)
         if any(isinstance(plugin, (AGEMPlugin, GSS_greedyPlugin)) for plugin in plugins or ()):
             # They flatten gradients by a view.
             parts = replace(parts, channels_last=False)
         if isinstance(model, ExpandableNetwork):
             model.use(parts)
-        self._loading = [ResidentBatches()] if parts.resident_batches else []
+        self._loading = (
+            [ResidentBatches(eval_batch_size=eval_mb_size)] if parts.resident_batches else []
+        )
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -223,29 +201,11 @@ class IncrementalTemplate(SupervisedTemplate):
             eval_every=eval_every,
             **base_kwargs,
         )
-        _check(
-            not getattr(model, "masked", False)
-            or any(isinstance(plugin, SparsityPlugin) for plugin in self.plugins),
-            "plugins",
-            "a SparsityPlugin for a network with masked=True (DER: a sparsity_weight above 0)",
-            "none",
-        )
-        self._whole = (Phase(train_epochs),)
-        self.first_phases = self._whole if first_phases is None else tuple(first_phases)
-        self.later_phases = self._whole if later_phases is None else tuple(later_phases)
-        _check(
-            bool(self._memories)
-            or all(phase.data != "exemplars" for phase in self.first_phases + self.later_phases),
-            "data",
-            "a HerdingReplayPlugin for a phase on the exemplars",
-            "none",
-        )
-        classifier, kind = getattr(model, "classifier", None), type(model).__name__
-        for phase in self.first_phases + self.later_phases:
-            good = phase.learns == "all" or classifier is not None
-            _check(good, "model", "one with a `classifier` for a phase that trains it alone", kind)
-            good = not phase.reset_classifier or hasattr(classifier, "reset_parameters")
-            _check(good, "model", "one whose `classifier` has reset_parameters for a phase", kind)
+        self._first = (Phase(train_epochs),)
+        self._later = (*self._first, *closing_phases)
+        self.first_phases = self._first if first_phases is None else tuple(first_phases)
+        self.later_phases = self._later if later_phases is None else tuple(later_phases)
+        self._check_parts()
         self.checkpoint = checkpoint
         self.phase: Phase | None = None
         self.phase_index = 0
@@ -257,6 +217,21 @@ class IncrementalTemplate(SupervisedTemplate):
         """What the optimizer was set to when the present experience began."""
         self._bad_step = torch.tensor(-1)
 
+    def _check_parts(self) -> None:
+        """Check that model, plugins and phases go together."""
+        masked = getattr(self.model, "masked", False)
+        good = not masked or any(isinstance(plugin, SparsityPlugin) for plugin in self.plugins)
+        needed = "a SparsityPlugin for a network with masked=True (DER: a sparsity_weight above 0)"
+        _check(good, "plugins", needed, "none")
+        kind, classifier = type(self.model).__name__, getattr(self.model, "classifier", None)
+        for phase in self.first_phases + self.later_phases:
+            good = phase.data != "exemplars" or bool(self._memories)
+            _check(good, "data", "a HerdingReplayPlugin for a phase on the exemplars", "none")
+            good = phase.learns == "all" or classifier is not None
+            _check(good, "model", "one with a `classifier` for a phase that trains it alone", kind)
+            good = not phase.reset_classifier or hasattr(classifier, "reset_parameters")
+            _check(good, "model", "one whose `classifier` has reset_parameters for a phase", kind)
+
     def optimizer_settings(self) -> dict[str, Any]:
         """Return a copy of what the optimizer is set to: its learning rate and all that."""
         own = self.optimizer.param_groups[0].items()
@@ -264,9 +239,11 @@ class IncrementalTemplate(SupervisedTemplate):
 
     def _set_phases(self) -> None:
         """Where no phases were given, train as long as ``train_epochs`` says now."""
-        former, self._whole = self._whole, (Phase(self.train_epochs),)
-        self.first_phases = self._whole if self.first_phases is former else self.first_phases
-        self.later_phases = self._whole if self.later_phases is former else self.later_phases
+        first = (Phase(self.train_epochs),)
+        later = (*first, *self._later[1:])
+        self.first_phases = first if self.first_phases is self._first else self.first_phases
+        self.later_phases = later if self.later_phases is self._later else self.later_phases
+        self._first, self._later = first, later
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Start the optimizer afresh on all parameters that learn."""
@@ -318,7 +295,7 @@ class IncrementalTemplate(SupervisedTemplate):
         resume, self.resume_from = self.resume_from, None
         all_data, all_loader = self.adapted_dataset, self.dataloader
         own_epochs = self.train_epochs
-        self.settings = (resume or {}).get("settings") or self.optimizer_settings()
+        self.settings = resume["settings"] if resume else self.optimizer_settings()
         for index, phase in enumerate(self._phases):
             if resume and index < resume["phase"]["index"]:
                 continue

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from avalanche_memo.models import ExpandableNetwork, cifar_resnet
+from experiments.building import make_network
 from experiments.config import parse
 from experiments.pruning import draw, main, report, survival
-from experiments.run import make_network, run
+from experiments.run import run
 
 ARGUMENTS = [
     *("--method=der", "--against=[]", "--classes=6", "--sparsity_weight=1"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,10 +32,11 @@ from avalanche_memo.training import (
 from avalanche_memo.training.checkpoint import Checkpoint
 from avalanche_memo.training.plugins import SoftmaxDistillationPlugin
 from experiments import run as module
-from experiments.config import Config, parse
+from experiments.building import data_digest, make_benchmark, make_network
+from experiments.config import Config, from_options, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.progress import ProgressBar
-from experiments.run import check, data_digest, main, make_benchmark, make_network, run
+from experiments.run import check, main, run
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 SHORT = [
@@ -171,17 +173,6 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_results_has_results(fi
     stop_after(config, epochs=2 + 3 + 3 + 3)
     run(config)
     assert without_times(tmp_path / "last") == without_times(finished)
-
-
-def test_a_finished_run_of_an_earlier_version_gets_its_budget(finished, tmp_path, monkeypatch):
-    folder = shutil.copytree(finished, tmp_path / "old")
-    results = json.loads((folder / "results.json").read_text())
-
-    del results["budget_bytes"]
-    (folder / "results.json").write_text(json.dumps(results))
-    monkeypatch.setattr(Checkpoint, "save", lambda *args: pytest.fail("nothing is to be trained"))
-    main(["--resume", str(folder)])
-    assert without_times(folder) == without_times(finished)
 
 
 def test_a_truncated_checkpoint_is_refused_and_the_previous_one_used(finished, tmp_path, caplog):
@@ -691,7 +682,7 @@ def test_options_reach_the_strategy(method, options, tmp_path, monkeypatch):
         given.update(arguments)
         raise InterruptedError
 
-    monkeypatch.setattr(f"experiments.run.{method}", build)
+    monkeypatch.setattr(f"experiments.building.{method}", build)
     texts = [f"--{name}={value}" for name, value in options.items()]
     with pytest.raises(InterruptedError):
         run(parse(["--method", method.lower(), *texts, "--run_folder", str(tmp_path / "run")]))
@@ -708,7 +699,7 @@ def test_common_options_reach_the_strategy(tmp_path, monkeypatch):
         given.update(arguments)
         raise InterruptedError
 
-    monkeypatch.setattr("experiments.run.MEMO", build)
+    monkeypatch.setattr("experiments.building.MEMO", build)
     options = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.01, "batch_size": 17, "fast": "false"}
     options |= {"train_generalized": "false", "gradient_through_frozen": "false"}
     options |= {"class_order_seed": 7, "run_folder": tmp_path / "run"}
@@ -799,3 +790,17 @@ def test_real_images_in_a_folder(imagenet_mini_root, tmp_path):
     )
     assert [len(classes) for classes in results["classes"]] == [2, 2]
     assert results["bytes"][-1]["exemplar_bytes"] == 40 * 64 * 64 * 3
+
+
+def test_whole_numbers_in_the_place_of_others_make_the_same_run():
+    phases = {"first": [Phase(1, lr=1)], "later": [Phase(1, temperature=2)]}
+    codec = Compression(new_images=1)
+    ours = Config(lr=1, memory_rates=[0, 1], kd_temperature=2, compression=codec, **phases)
+    text = yaml.safe_load(yaml.safe_dump(ours.identity()))
+    assert from_options({"against": []} | text).fingerprint() == ours.fingerprint()
+
+
+@pytest.mark.parametrize("option", ["samples_per_class", "image_size"])
+def test_options_of_another_benchmark_are_refused(option):
+    with pytest.raises(ValueError, match=f"{option}: expected none for .* digits, got 3"):
+        make_benchmark(Config(**{option: 3}))

@@ -482,9 +482,7 @@ def test_the_auxiliary_head_is_for_training_only():
     assert not counted & {id(p) for p in auxiliary_parameters(network).values()}
     assert parameter_bytes(network) == 4 * (n_parameters(network) - auxiliary)
     buffers = sum(
-        b.numel() * b.element_size()
-        for name, b in network.named_buffers()
-        if "_columns" not in name
+        b.numel() * b.element_size() for name, b in network.named_buffers() if "columns" not in name
     )
     assert inference_bytes(network) == parameter_bytes(network) + buffers
 

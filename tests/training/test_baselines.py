@@ -535,7 +535,7 @@ def test_a_fresh_start_works_in_avalanches_naive():
     ("build", "message"),
     [
         (partial(make, ICaRL, kd_weight=-1), "weight: expected a number of at least 0, got -1"),
-        (partial(make, ICaRL, temperature=0), "temperature: expected a number above 0, got 0"),
+        (partial(make, ICaRL, temperature=0), "temperature: expected a positive number, got 0"),
         (partial(make, WA, kd_weight=-1), "weight: .*got -1"),
         (partial(make, WA, temperature=-2), "temperature: .*got -2"),
         (partial(make, BiC, kd_weight=-0.1), "weight: .*got -0.1"),

@@ -36,7 +36,7 @@ from avalanche_memo.training import (
     PODNet,
     Replay,
 )
-from avalanche_memo.training.checkpoint import Checkpoint, restore, save_whole
+from avalanche_memo.training.checkpoint import Checkpoint, restore, written_whole
 from avalanche_memo.training.plugins import HerdingReplayPlugin
 from tests.helpers import (
     ORDER,
@@ -389,19 +389,6 @@ def test_a_model_that_grows_by_itself_has_no_checkpoint(tmp_path):
         Finetune(**options, checkpoint=Checkpoint(tmp_path / "run.pt"))
 
 
-def test_a_state_that_weight_alignment_once_had_is_passed_over(tmp_path):
-    path = tmp_path / "run.pt"
-    strategy = make(path, method="MEMO")
-    stream = make_benchmark().train_stream
-    strategy.train(stream[0])
-    strategy.checkpoint.save(strategy)
-    state, _ = strategy.checkpoint.load()
-    state["plugins"].append({"aligned": 1})
-    restored = make(path, method="MEMO", seed=99)
-    restore(restored, state, stream)
-    assert_same_tensors(tensors_of(restored.model), tensors_of(strategy.model))
-
-
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -554,12 +541,39 @@ def test_a_restored_network_has_learned_the_same_classes(saved):
 
 def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, monkeypatch):
     path, calls = tmp_path / "state.pt", []
-    save_whole({"epoch": 1}, path)
+    with written_whole(path) as file:
+        torch.save({"epoch": 1}, file)
     flush, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("flush"), flush(file)))
     monkeypatch.setattr(
         os, "replace", lambda old, new: (calls.append(f"to {Path(new).name}"), rename(old, new))
     )
-    save_whole({"epoch": 2}, path, tmp_path / "before.pt")
+    with written_whole(path, tmp_path / "before.pt") as file:
+        torch.save({"epoch": 2}, file)
+    with pytest.raises(OSError, match="no space"), written_whole(path) as file:
+        raise OSError("no space")
     assert calls == ["flush", "to before.pt", "to state.pt", "flush"]
     assert [torch.load(tmp_path / f"{name}.pt")["epoch"] for name in ("before", "state")] == [1, 2]
+
+
+def test_numbers_of_numpys_are_saved_as_numbers(tmp_path):
+    strategy = make(tmp_path / "run.pt", method="Replay")
+    strategy.optimizer.param_groups[0]["lr"] = np.float64(0.05)
+    strategy.checkpoint.extra = {"rows": [np.float32(0.5), (np.arange(3), np.int64(2))]}
+    strategy.train(make_benchmark().train_stream[0])
+    state, refused = strategy.checkpoint.load()
+    assert refused == []
+    assert type(state["settings"]["lr"]) is float
+    half, (three, two) = strategy.checkpoint.extra["rows"]
+    assert (half, three.tolist(), two) == (0.5, [0, 1, 2], 2)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    strategy = make(tmp_path / "run.pt", method="Replay")
+    strategy.checkpoint.save(strategy)
+    before = strategy.checkpoint.path.read_bytes()
+    strategy.checkpoint.extra = {"path": Path("x")}
+    with pytest.raises(TypeError, match=r"checkpoint: expected tensors and plain data.*Path"):
+        strategy.checkpoint.save(strategy)
+    assert strategy.checkpoint.path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run.pt"]

@@ -438,3 +438,29 @@ def test_images_that_cannot_be_reached_are_refused_before_training():
     dataset = as_classification_dataset(Floats())
     with pytest.raises(ValueError, match="compression: expected images to encode, but samples of"):
         HerdingBuffer(6, compression=Compression()).check(dataset, 6)
+
+
+def test_fields_that_would_be_lost_are_refused_before_training():
+    class More(Photos):
+        def __getitem__(self, index):
+            return *super().__getitem__(index), 0.5
+
+    experience = stream_of(photos=More())[0]
+    with pytest.raises(ValueError, match=r"compression: expected samples of 3 fields.* got 4"):
+        HerdingBuffer(12, compression=Compression()).check(experience.dataset, 6)
+
+
+def test_files_of_past_experiences_are_not_kept_decoded():
+    model = ExpandableNetwork(lambda: tiny_backbone(in_channels=3), 3)
+    strategy = Replay(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+        train_mb_size=8,
+        mem_size=12,
+        compression=Compression(new_images=0.5),
+        evaluator=silent(),
+        fast=True,
+    )
+    for experience in stream_of():
+        strategy.train(experience)
+        assert [len(plugin._decoded._images) for plugin in strategy._loading] == [0]

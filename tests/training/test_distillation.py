@@ -342,7 +342,10 @@ def test_gradients_are_clamped_by_value():
         (partial(PODDistillationPlugin, 1, -2), "flat_weight: .*got -2"),
         (partial(PODDistillationPlugin, pooling="x"), "pooling: expected one of spatial.*'x'"),
         (partial(SoftmaxDistillationPlugin, -1), "^kd_weight: .*got -1"),
-        (partial(SoftmaxDistillationPlugin, 1, 0), "temperature: expected a number above 0, got 0"),
+        (
+            partial(SoftmaxDistillationPlugin, 1, 0),
+            "temperature: expected a positive number, got 0",
+        ),
         (partial(LessForgetPlugin, -1), "^less_forget_weight: .*got -1"),
         (
             partial(MarginRankingPlugin, 0),

@@ -6,7 +6,7 @@ import torch
 
 from avalanche_memo import MEMO
 from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
-from avalanche_memo.training.loading import ResidentBatches
+from avalanche_memo.training.plugins import ResidentBatches
 from experiments.config import parse
 from experiments.run import run
 from tests.helpers import silent

@@ -173,7 +173,7 @@ def test_distillation_is_the_published_formula(temperature):
 @pytest.mark.parametrize(
     ("shapes", "temperature", "message"),
     [
-        (((2, 3), (2, 3)), 0, "temperature: expected a number above 0, got 0"),
+        (((2, 3), (2, 3)), 0, "temperature: expected a positive number, got 0"),
         (((2, 3), (2, 3)), -1.5, "temperature: .*got -1.5"),
         (((2, 3), (2, 4)), 2, r"new_logits, old_logits: .*\(2, 3\) and \(2, 4\)"),
     ],

@@ -11,6 +11,7 @@ from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Naive
 from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
 from torchvision.transforms import Compose, ToTensor
 
 from avalanche_memo.models import ExpandableNetwork
@@ -598,3 +599,71 @@ def test_the_remainder_goes_to_the_first_classes(size):
         assert all(now <= then for now, then in zip(quotas, before, strict=False))
         before = quotas
         assert buffer.quota(classes) == HerdingBuffer(size).quota(classes, place=0) == min(quotas)
+
+
+def streams_of_other_images():
+    """Two streams of one experience, alike in number and targets."""
+    groups = {name: (ToTensor(), None) for name in ("train", "eval")}
+    return [
+        benchmark_from_datasets(
+            train=[as_classification_dataset(grey_images(4, seed), transform_groups=groups)]
+        ).train_stream
+        for seed in (1, 2)
+    ]
+
+
+def test_other_images_under_a_known_number_and_targets_are_other_samples():
+    first, second = streams_of_other_images()
+    buffer = HerdingBuffer(exemplars_per_class=100)
+    buffer.post_adapt(agent(), first[0])
+    buffer.post_adapt(agent(), second[0])
+    held = {key(x) for images in exemplars(buffer).values() for x in images}
+    assert held == {key(x) for stream in (first, second) for x, *_ in stream[0].dataset}
+    buffer.post_adapt(agent(), first[0])
+    assert len(buffer.buffer) == 80
+
+
+def test_a_memory_goes_with_the_stream_that_it_was_saved_with():
+    streams = [make_benchmark(order=order).train_stream for order in (ORDER, ORDER[::-1])]
+    buffer = HerdingBuffer(20)
+    for experience in streams[0][:2]:
+        buffer.post_adapt(agent(), experience)
+    again = HerdingBuffer(20)
+    again.load_state_dict(buffer.state_dict(), make_benchmark().train_stream)
+    assert again.order.keys() == buffer.order.keys()
+    for stream in (streams[1], streams[0][:1], [*streams[0], *streams[0]]):
+        with pytest.raises(ValueError, match=r"stream: expected the training .* got another"):
+            HerdingBuffer(20).load_state_dict(buffer.state_dict(), stream)
+
+
+class LabelledSubset(Subset):
+    """The usual way to give Avalanche a part of a data set."""
+
+    def __init__(self, dataset, indices):
+        super().__init__(dataset, indices)
+        self.targets = [dataset.targets[i] for i in indices]
+
+
+@pytest.mark.parametrize("nest", [lambda data: data, as_classification_dataset])
+def test_classes_come_again_in_data_sets_of_the_users_own(nest):
+    groups = {name: (ToTensor(), None) for name in ("train", "eval")}
+    images = grey_images(4)
+    halves = [
+        as_classification_dataset(LabelledSubset(nest(images), rows), transform_groups=groups)
+        for rows in (range(20), range(10, 40))
+    ]
+    buffer = HerdingBuffer(exemplars_per_class=100)
+    for experience in benchmark_from_datasets(train=halves).train_stream:
+        buffer.post_adapt(agent(), experience)
+    # What is beneath such a subset is not looked at: two are two data sets.
+    assert Counter(int(y) for _, y, *_ in buffer.buffer) == dict.fromkeys(range(10), 5)
+
+
+def test_exemplars_without_height_and_width_have_bytes():
+    targets = [0, 1] * 4
+    vectors = TensorDataset(torch.randn(8, 6), torch.tensor(targets))
+    vectors.targets = targets
+    (experience,) = benchmark_from_datasets(train=[as_classification_dataset(vectors)]).train_stream
+    buffer = HerdingBuffer(4)
+    buffer.post_adapt(agent(Pixels(torch.ones(6))), experience)
+    assert buffer.exemplar_bytes == 4 * 6

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks.scenarios.dataset_scenario import DatasetExperience
+from avalanche.benchmarks.scenarios.generic_scenario import CLStream
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.training.plugins import (
@@ -40,6 +42,7 @@ from avalanche_memo.training.der import (
     DER_RESNET32_LATER,
 )
 from avalanche_memo.training.memo import MEMO_FIRST, MEMO_LATER
+from avalanche_memo.training.plugins import HerdingReplayPlugin, ResidentBatches
 from tests.helpers import (
     APIS,
     ORDER,
@@ -68,6 +71,13 @@ def make(strategy: Any, shared_stages: int, *plugins: Any, **options: Any) -> An
         plugins=list(plugins),
         **{"fast": False, "evaluator": silent(), **memory, **options},
     )
+
+
+class Forbid(SupervisedPlugin):
+    """Fails at the first step."""
+
+    def before_training_iteration(self, strategy, **kwargs):
+        pytest.fail("nothing is to be trained")
 
 
 class Record(SupervisedPlugin):
@@ -330,6 +340,16 @@ def test_settings_that_change_between_experiences_hold(by_plugin):
     strategy.train(stream[1])
     strategy.train(stream[2])
     assert record.rates == [[0.05], [0.01] * 3, [0.01] * 3]
+
+
+def test_epochs_that_change_hold_where_a_phase_for_the_classifier_follows():
+    stream, record = make_benchmark().train_stream, Record()
+    strategy = make(DER, 0, record)
+    strategy.train(stream[0])
+    strategy.train_epochs = 3
+    strategy.train(stream[1])
+    assert [len(rates) for rates in record.rates] == [1, 3 + DER_CLASSIFIER.epochs]
+    assert strategy.later_phases[1:] == (DER_CLASSIFIER,)
 
 
 def test_a_phase_leaves_the_users_settings_behind():
@@ -784,3 +804,39 @@ def test_other_optimizers(optimizer):
         strategy.train(experience)
     assert isinstance(strategy.optimizer, optimizer)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_users_batch_size_of_evaluation_holds_on_every_device():
+    for size in (None, 16):
+        strategy = make(Replay, 3, fast=True, eval_mb_size=size)
+        (resident,) = [p for p in strategy.plugins if isinstance(p, ResidentBatches)]
+        assert resident.eval_batch_size == size
+
+
+def test_a_stream_that_makes_its_data_is_not_run_ahead_of():
+    experiences, made = make_benchmark().train_stream, []
+
+    def make_data():
+        for experience in experiences:
+            made.append(experience.current_experience)
+            yield DatasetExperience(dataset=experience.dataset)
+
+    strategy = make(Replay, 3)
+    for number, experience in enumerate(CLStream("train", make_data())):
+        strategy.train(experience)
+        assert made == list(range(number + 1))
+    assert len(strategy.model.classes) == 10
+    with pytest.raises(ValueError, match=r"mem_size: expected at least one .* 2 classes, got 1"):
+        make(Replay, 3, mem_size=1).train(next(iter(CLStream("train", make_data()))))
+
+
+def test_a_model_without_features_is_refused_before_training():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    strategy = Naive(
+        model=model,
+        optimizer=sgd(model),
+        plugins=[HerdingReplayPlugin(20), Forbid()],
+        evaluator=silent(),
+    )
+    with pytest.raises(TypeError, match=r"model: expected a module with extract_features"):
+        strategy.train(make_benchmark().train_stream[0])

@@ -13,6 +13,7 @@ from avalanche_memo.training.plugins.gradient_clamp import GradientClampPlugin
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
 from avalanche_memo.training.plugins.imprinting import ImprintingPlugin
 from avalanche_memo.training.plugins.margin_ranking import MarginRankingPlugin
+from avalanche_memo.training.plugins.resident_batches import ResidentBatches
 from avalanche_memo.training.plugins.sparsity import SparsityPlugin
 from avalanche_memo.training.plugins.weight_alignment import WeightAlignmentPlugin
 
@@ -27,6 +28,7 @@ __all__ = [
     "MarginRankingPlugin",
     "PODDistillationPlugin",
     "PreviousModel",
+    "ResidentBatches",
     "SoftmaxDistillationPlugin",
     "SparsityPlugin",
     "WeightAlignmentPlugin",

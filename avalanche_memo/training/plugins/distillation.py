@@ -18,6 +18,7 @@ from avalanche_memo.training.losses import (
     softmax_distillation_loss,
 )
 from avalanche_memo.training.plugins.checks import BatchOutputs, ExperienceEnd, check_network
+from avalanche_memo.training.ranges import at_least_zero, positive
 
 __all__ = [
     "LessForgetPlugin",
@@ -74,10 +75,8 @@ class PreviousModel:
         self._saved = state["network"]
 
     def _take(self, network: ExpandableNetwork) -> None:
-        self.network = network.eval().requires_grad_(False)
-        for parameter in network.parameters():
-            parameter.grad = None
-        self._running = self.network
+        network.eval().requires_grad_(False).zero_grad()
+        self.network = self._running = network
         if network.fast.fold_frozen:
             # All of the copy is frozen, so all of it is folded.
             self._running = copy.deepcopy(network)
@@ -105,10 +104,9 @@ class _Distillation(BatchOutputs, ABC):
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the loss to ``strategy.loss``."""
         new = self.outputs()
-        if self.teacher.network is None or not self.applies(new):
+        old = self.teacher.outputs(strategy.mb_x) if self.applies(new) else None
+        if old is None:
             return
-        old = self.teacher.outputs(strategy.mb_x)
-        assert old is not None
         main = self.main_weight(strategy.model) * strategy.loss
         strategy.loss = main + self.loss(strategy.model, old, new)
 
@@ -170,8 +168,8 @@ class PODDistillationPlugin(_Distillation):
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
-        _not_negative("pod_weight", pod_weight)
-        _not_negative("flat_weight", flat_weight)
+        at_least_zero("pod_weight", pod_weight)
+        at_least_zero("flat_weight", flat_weight)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.weight, self.flat_weight = pod_weight, flat_weight
@@ -223,9 +221,8 @@ class SoftmaxDistillationPlugin(_Distillation):
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
-        _not_negative("kd_weight", kd_weight)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+        at_least_zero("kd_weight", kd_weight)
+        positive("temperature", temperature)
         self.weight, self.temperature, self.adaptive = kd_weight, temperature, adaptive
         self.convex, self.scaled = convex, scaled
 
@@ -276,7 +273,7 @@ class LessForgetPlugin(_Distillation):
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
-        _not_negative("less_forget_weight", less_forget_weight)
+        at_least_zero("less_forget_weight", less_forget_weight)
         self.weight, self.adaptive = less_forget_weight, adaptive
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
@@ -293,8 +290,3 @@ class LessForgetPlugin(_Distillation):
 
 def _growth_factor(network: ExpandableNetwork) -> float:
     return math.sqrt(len(network.classes) / len(network.new_classes))
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a number of at least 0, got {value}")

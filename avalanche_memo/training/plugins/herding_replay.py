@@ -10,10 +10,11 @@ from torch import Tensor
 from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.training.compression import Compression, through_codec
 from avalanche_memo.training.loading import shuffled_loader
+from avalanche_memo.training.ranges import at_least_one
 from avalanche_memo.training.storage_policy import (
     HerdingBuffer,
     MemoryRates,
-    at_least_one,
+    check_extractor,
     dataset_features,
 )
 
@@ -64,13 +65,18 @@ class HerdingReplayPlugin(SupervisedPlugin):
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check the memory against all classes of the stream, before anything is trained."""
+        check_extractor(strategy.model)
         self.buffer.check(strategy.experience.dataset, self.n_classes(strategy))
         if self.buffer.rates is not None and not self.buffer.order:
-            _check_rates(self.buffer, _stream(strategy))
+            _check_rates(self.buffer, _stream(strategy.experience))
 
     def n_classes(self, strategy: Any) -> int:
-        """Return how many classes there are, those of the whole stream and those held already."""
-        classes = {c for e in _stream(strategy) for c in experience_classes(e)}
+        """Return how many classes there are, those of the whole stream and those held already.
+
+        Of a stream whose length is not known, the present experience's are taken for all.
+        """
+        experience = getattr(strategy.experience, "origin_experience", strategy.experience)
+        classes = {c for e in _stream(experience) for c in experience_classes(e)}
         return len(classes | set(self.buffer.order))
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
@@ -132,8 +138,10 @@ class HerdingReplayPlugin(SupervisedPlugin):
         self._means = None
 
 
-def _stream(strategy: Any) -> Any:
-    return getattr(strategy.experience, "origin_stream", None) or [strategy.experience]
+def _stream(experience: Any) -> Any:
+    """Return the stream of an experience, or it alone where the stream may make data on demand."""
+    stream = getattr(experience, "origin_stream", None)
+    return stream if hasattr(stream, "__len__") else [experience]
 
 
 def _check_rates(buffer: HerdingBuffer, stream: Any) -> None:

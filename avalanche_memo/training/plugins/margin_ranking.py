@@ -1,12 +1,11 @@
 """UCIR's inter-class separation: Hou et al., "Learning a Unified Classifier Incrementally via
 Rebalancing" (CVPR 2019), section 3.4."""
 
-import math
 from typing import Any
 
 from avalanche_memo.training.losses import margin_ranking_loss
 from avalanche_memo.training.plugins.checks import BatchOutputs, check_cosine_classifier
-from avalanche_memo.training.storage_policy import at_least_one
+from avalanche_memo.training.ranges import at_least_one, at_least_zero
 
 __all__ = ["MarginRankingPlugin"]
 
@@ -30,9 +29,8 @@ class MarginRankingPlugin(BatchOutputs):
     ) -> None:
         super().__init__()
         at_least_one("hard_negatives", hard_negatives)
-        for name, value in (("margin", margin), ("ranking_weight", ranking_weight)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+        at_least_zero("margin", margin)
+        at_least_zero("ranking_weight", ranking_weight)
         self.k, self.margin, self.weight = hard_negatives, margin, ranking_weight
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:

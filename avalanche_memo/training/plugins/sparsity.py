@@ -9,6 +9,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from avalanche_memo.models.channel_mask import EMBEDDING_LIMIT, annealed_scale
 from avalanche_memo.training.losses import sparsity_loss
 from avalanche_memo.training.plugins.checks import ExperienceEnd, check_network
+from avalanche_memo.training.ranges import at_least_zero, positive
 
 __all__ = ["SparsityPlugin"]
 
@@ -41,14 +42,10 @@ class SparsityPlugin(SupervisedPlugin):
         self, sparsity_weight: float, *, mask_s_max: float = 100.0, mask_rate: float = 1.0
     ) -> None:
         super().__init__()
-        if not 0 <= sparsity_weight < math.inf:
-            raise ValueError(
-                f"sparsity_weight: expected a number of at least 0, got {sparsity_weight}"
-            )
+        at_least_zero("sparsity_weight", sparsity_weight)
         if not 1 < mask_s_max < math.inf:
             raise ValueError(f"mask_s_max: expected a number above 1, got {mask_s_max}")
-        if not 0 < mask_rate < math.inf:
-            raise ValueError(f"mask_rate: expected a positive number, got {mask_rate}")
+        positive("mask_rate", mask_rate)
         self.weight = sparsity_weight
         self.s_max = mask_s_max
         self.rate = mask_rate

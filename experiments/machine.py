@@ -1,0 +1,43 @@
+"""The machine that figures are measured on."""
+
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["chip", "default_device", "describe", "seconds"]
+
+
+def default_device() -> str:
+    """Return ``cuda`` where there is a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chip(device: torch.device) -> str:
+    """Return the name of the processor behind a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return name[1] if name else platform.processor()
+
+
+def describe(device: str) -> str:
+    """Return the processor, the threads and the versions that a measurement was made with."""
+    return (
+        f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def seconds(work: Callable[[], Any], device: str | torch.device = "cpu") -> float:
+    """Return how long a piece of work takes, all of it that is done on a device."""
+    started = time.perf_counter()
+    work()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
