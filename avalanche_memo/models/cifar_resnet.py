@@ -1,8 +1,8 @@
 """The CIFAR ResNet of iCaRL, PyCIL and MEMO: 6n+2 layers in three stages, without shortcut weights.
 
 He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), section 4.2, shortcuts of
-option A. At depth 32 it is the "modified ResNet-32" of the class-incremental literature.
-Beside it, a variant of four stages.
+option A. UCIR's own has 1x1 convolutions as shortcuts (option B). Beside it, a variant of four
+stages.
 """
 
 from collections.abc import Sequence

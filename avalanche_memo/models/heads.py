@@ -48,7 +48,8 @@ class GrowingLinear(GrowingClassifier):
     """A linear layer that grows in both directions: features ``[B, D]`` to logits ``[B, C]``.
 
     A new class adds a row, a new block adds columns; the weight of an old (class, feature) pair is
-    kept, and everything new starts as in a fresh ``nn.Linear`` of the grown size. The weight is
+    kept, and everything new starts as in a fresh ``nn.Linear`` of the grown size, within
+    ``1 / sqrt(D)``; in MEMO's and PyCIL's code within ``sqrt(3 / D)``, biases at 0. The weight is
     held as one parameter per block of features: Avalanche's optimizers and regularisers follow
     parameters by name and accept growth along one dimension only.
     """
@@ -261,7 +262,8 @@ class ProxyCosineClassifier(GrowingClassifier):
     def imprint(self, features: Sequence[Tensor], seed: int = 0) -> None:
         """Set the newest classes' proxies to the centres of their features.
 
-        As in PODNet's and UCIR's code, the proxies get the mean length of the older ones. The log
+        The proxies get the mean length of the older ones: as in UCIR's code; in PODNet's, times the
+        centres' own, which are shorter than 1. The log
         says where a class has too few samples (:func:`class_proxies`); without any, as in an online
         stream's first sub-experience, its proxies stay as they are.
 

@@ -18,7 +18,14 @@ from torchvision.transforms.functional import resize
 
 from avalanche_memo.training.samples import Part, pil_image, with_images
 
-__all__ = ["Compression", "EitherImages", "EncodedImages", "lowest_quality", "through_codec"]
+__all__ = [
+    "Compression",
+    "EitherImages",
+    "EncodedImages",
+    "OriginalImages",
+    "lowest_quality",
+    "through_codec",
+]
 
 logger = logging.getLogger("avalanche_memo")
 

@@ -26,7 +26,9 @@ __all__ = [
 DER_REPRESENTATION = Phase(170, lr=0.1, weight_decay=5e-4, milestones=(110, 130), warmup_epochs=10)
 """Representation learning on CIFAR-100 with a ResNet-18, batches of 128 (the authors' released
 configuration, whose milestones, 100 and 120, count from the end of the warm-up on). Their code
-starts both classifiers afresh when the warm-up ends; this does not."""
+starts both classifiers, which have no bias, afresh in each experience and when the warm-up ends;
+this does not. Base-50's first experience has 200 epochs there, milestones 60, 120 and 160, and no
+warm-up."""
 
 DER_CLASSIFIER = Phase(
     30,
@@ -43,8 +45,9 @@ DER_CLASSIFIER = Phase(
 DER_IMAGENET_REPRESENTATION = Phase(
     220, lr=0.1, weight_decay=5e-4, milestones=(80, 140, 180, 200), warmup_epochs=20
 )
-"""Representation learning on ImageNet-100 with a ResNet-18, batches of 256 (the authors' released
-configuration, whose milestones, 60, 120, 160 and 180, count from the end of the warm-up on)."""
+"""Representation learning on ImageNet-100 with a ResNet-18 (theirs has pre-activation), batches of
+256 (the authors' released configuration, whose milestones, 60, 120, 160 and 180, count from the end
+of the warm-up on)."""
 
 DER_IMAGENET_CLASSIFIER = replace(DER_CLASSIFIER, temperature=1.0)
 """Classifier learning on ImageNet-100 (the authors' released configuration)."""

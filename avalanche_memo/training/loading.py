@@ -151,10 +151,8 @@ class DecodedImages:
         )
         images = (torch.from_numpy(array) for batch in loader for array in batch)
         for (position, index), image in zip(missing, images, strict=False):
-            if isinstance(
-                part.leaf, EncodedImages | OriginalImages
-            ):  # Made anew for each experience.
-                yield position, image
+            if isinstance(part.leaf, EncodedImages | OriginalImages):
+                yield position, image  # The leaf is of one experience: none asks for it again.
                 continue
             # The leaf goes along, so that its id is not used again.
             key = (id(part.leaf), recipe.prefix_key, index)

@@ -67,9 +67,9 @@ def pod_loss(
 ) -> Tensor:
     """Return the pooled outputs distillation between two networks' stages.
 
-    PODNet (Douillard et al., ECCV 2020), section 3.1: activations are squared, pooled, and
-    L2-normalised per sample; the loss is the norm of their difference, averaged over the batch
-    and the stages.
+    PODNet (Douillard et al., ECCV 2020), section 3.1, as the authors' code computes it: activations
+    are squared, pooled, and L2-normalised per sample; the loss is the norm of their difference,
+    averaged over the batch and the stages.
 
     :param old_maps: outputs ``[B, C_s, H_s, W_s]`` of the old network's stages.
     :param new_maps: those of the new one, of the same shapes.

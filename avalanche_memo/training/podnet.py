@@ -22,10 +22,18 @@ __all__ = ["PODNET_BALANCED", "PODNET_TRAINING", "PODNet"]
 PODNET_TRAINING = Phase(160, lr=0.1, weight_decay=5e-4, cosine=True)
 """Each experience's schedule on CIFAR-100, batches of 128 (the authors' released configuration)."""
 
-PODNET_BALANCED = Phase(20, lr=0.05, weight_decay=5e-4, learns="classifier", data="exemplars")
-"""The classifier on the exemplars, from the second experience on (the authors' released
-configuration). Of each class they are equally many, but where files differ in size, or a memory has
-grown since a class was learned. PyCIL's rate is 0.005."""
+PODNET_BALANCED = Phase(
+    20,
+    lr=0.05,
+    weight_decay=5e-4,
+    learns="classifier",
+    batch_norm="updated",
+    data="exemplars",
+)
+"""The classifier on the exemplars, from the second experience on; BatchNorm's statistics become
+those of the exemplars (the authors' released code and configuration). Of each class they are
+equally many, but where files differ in size, or a memory has grown since a class was learned. PyCIL
+has a rate of 0.005 and trains all but the old proxies in this phase, with the distillation."""
 
 
 class PODNet(ReplayTemplate):
@@ -43,7 +51,11 @@ class PODNet(ReplayTemplate):
     ``attention="cbam"`` (CBAM), ``memory_rates`` (MEM), and any of them together.
 
     This strategy does not use task identities. Unlike in the authors' code, the scale of the
-    similarities learns in the balanced phase too, as a part of the classifier.
+    similarities learns in the balanced phase too, as a part of the classifier. Their CIFAR network
+    has no ReLU behind any block's sum, starts each block's last BatchNorm at 0, and distils the
+    last block's input, too; here only a stage's last ReLU comes after its distilled output. Their
+    published NME figures are of a configuration of its own, with a fixed scale of
+    the similarities and lambda_c = 5.
 
     :param model: an :class:`ExpandableNetwork` that shares all stages, with
         ``make_classifier=ProxyCosineClassifier``, and as published a backbone made with

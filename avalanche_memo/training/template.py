@@ -42,9 +42,11 @@ class Phase:
     :param cosine: cosine annealing to 0, after the warm-up, instead of milestones.
     :param warmup_epochs: epochs over which the rate first rises linearly to its full value.
     :param learns: ``"all"``, or ``"classifier"`` alone, the rest in evaluation mode.
+    :param batch_norm: where the classifier alone learns, whether BatchNorm is ``"frozen"``, in
+        evaluation mode, or ``"updated"``, as in training.
     :param data: ``"all"``; or a random ``"balanced"`` subset in which each class has as many
         samples as the rarest; or, where the classifier alone learns, the ``"exemplars"`` that the
-        memory will hold after the experience: their choice depends on the features alone.
+        memory would hold if the experience ended when the phase begins.
     :param images: of these, how many an epoch has at most, drawn anew each time; so epochs can have
         equally many steps however much a memory holds.
     :param temperature: what the logits are divided by in the loss.
@@ -60,6 +62,7 @@ class Phase:
     cosine: bool = False
     warmup_epochs: int = 0
     learns: Literal["all", "classifier"] = "all"
+    batch_norm: Literal["frozen", "updated"] = "frozen"
     data: Literal["all", "balanced", "exemplars"] = "all"
     images: int | None = None
     temperature: float = 1.0
@@ -85,6 +88,9 @@ class Phase:
         expect("warmup_epochs", f"0 to the phase's {self.epochs} epochs", warms_up)
         expect("gamma", "a positive number", 0 < self.gamma < math.inf)
         expect("learns", "'all' or 'classifier'", self.learns in ("all", "classifier"))
+        moves = self.batch_norm == "updated" and self.learns == "classifier"
+        expected = "'frozen', or 'updated' where learns is 'classifier'"
+        expect("batch_norm", expected, moves or self.batch_norm == "frozen")
         known = self.data in ("all", "balanced", "exemplars")
         expect("data", "'all', 'balanced' or 'exemplars'", known)
         fits = self.data != "exemplars" or self.learns == "classifier"
@@ -335,7 +341,7 @@ class IncrementalTemplate(SupervisedTemplate):
             chosen = balanced_choice(targets, 1.0, self.phase_seed)
             self.adapted_dataset = self.adapted_dataset.subset(chosen.tolist())
         elif phase.data == "exemplars":
-            self.adapted_dataset = self._memories[0].exemplars_after(self)
+            self.adapted_dataset = self._memories[0].exemplars_after(self, again=bool(resume))
         if phase.data != "all" or phase.images is not None:
             self.make_train_dataloader(**kwargs)
             for plugin in self._loading:
@@ -355,7 +361,7 @@ class IncrementalTemplate(SupervisedTemplate):
         phase = self.phase
         assert phase is not None
         self.model.train()
-        if phase.learns == "classifier":
+        if phase.learns == "classifier" and phase.batch_norm == "frozen":
             for module in self.model.children():
                 module.train(module is self.model.classifier)
         if phase.scheduled:

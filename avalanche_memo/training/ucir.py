@@ -37,7 +37,8 @@ class UCIR(ReplayTemplate):
     - Memory: herding.
     - Readout: the classifier; or nearest mean of exemplars.
 
-    This strategy does not use task identities.
+    This strategy does not use task identities. The authors' code on CIFAR-100 has shortcuts with
+    weights in its ResNet-32, no brightness jitter, and vectors that start at about half the length.
 
     :param model: an :class:`ExpandableNetwork` that shares all stages, with
         ``make_classifier=CosineClassifier``, and as published a backbone made with

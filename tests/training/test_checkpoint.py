@@ -62,7 +62,10 @@ LATER = (
         reset_classifier=True,
     ),
 )
-EXEMPLARS = (LATER[0], Phase(2, learns="classifier", data="exemplars"))
+EXEMPLARS = (
+    LATER[0],
+    Phase(2, learns="classifier", batch_norm="updated", data="exemplars"),
+)
 METHODS = {
     "DER": (DER, 0, {}),
     "DER pruned": (partial(DER, sparsity_weight=1.0), 0, {}),

@@ -125,6 +125,7 @@ class Record(SupervisedPlugin):
         ({"data": "exemplars"}, "data: expected 'exemplars' only where learns is 'classifier'"),
         ({"images": 0}, "images: expected a whole number of at least 1 or None, got 0"),
         ({"images": 1.5}, "images: expected a whole number of at least 1 or None, got 1.5"),
+        ({"batch_norm": "updated"}, "batch_norm: expected 'frozen', or 'updated' where"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"temperature": math.inf}, "temperature: expected a positive number, got inf"),
     ],
@@ -623,6 +624,36 @@ def test_an_epoch_has_at_most_so_many_images_drawn_anew(fast):
             assert [epoch.total() for epoch in part.seen] == [15] * 3
             assert all(epoch <= whole for epoch in part.seen)
             assert part.seen[0] != part.seen[1] != part.seen[2]
+
+
+@pytest.mark.parametrize("norms", ["frozen", "updated"])
+def test_norms_stay_or_follow_the_data_where_the_classifier_alone_learns(norms):
+    kinds: list[tuple[bool, bool]] = []
+
+    class Norms(SupervisedPlugin):
+        def after_forward(self, strategy, **kwargs):
+            parts = (strategy.model.generalized, strategy.model.specialized)
+            kinds.append(tuple(part[-1].training for part in parts))
+
+    def statistics(strategy):
+        buffers = dict(strategy.model.named_buffers())
+        return {name: b.clone() for name, b in buffers.items() if "running" in name}
+
+    strategy = make(
+        MEMO, 2, Norms(), later_phases=[Phase(1, learns="classifier", batch_norm=norms)]
+    )
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    before, weights = statistics(strategy), tensors_of(strategy.model.generalized)
+    kinds.clear()
+    strategy.train(stream[1])
+    assert set(kinds) == {(norms == "updated",) * 2}
+    after = statistics(strategy)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    own = {name for name in before if name.startswith("generalized")}
+    assert moved == (own if norms == "updated" else set())
+    learned = tensors_of(strategy.model.generalized)
+    assert all(torch.equal(weights[k], learned[k]) for k in weights if k.endswith("weight"))
 
 
 def test_a_phase_on_the_exemplars_needs_a_memory():

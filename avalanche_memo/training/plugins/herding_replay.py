@@ -1,5 +1,6 @@
 """Replay of herded exemplars by plain concatenation, as the class-incremental papers do it."""
 
+import copy
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
             compression=compression,
             spend_remainder=spend_remainder,
         )
+        self._after: HerdingBuffer | None = None
         self._means: tuple[list[int], Tensor] | None = None
         self._means_of: Any = None
 
@@ -100,22 +102,29 @@ class HerdingReplayPlugin(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Choose the exemplars of the classes just learned."""
+        self._after = None
         self.buffer.post_adapt(strategy, strategy.experience)
         self._means = None
 
-    def exemplars_after(self, strategy: Any) -> Any:
+    def exemplars_after(self, strategy: Any, again: bool = False) -> Any:
         """Return the exemplars that would be held if the present experience ended now.
 
         They carry the training transforms. The memory itself does not change, so the choice is made
         again when the experience ends.
+
+        :param strategy: the strategy.
+        :param again: whether to return those of the last call, which the plugin's state holds.
         """
-        return self.buffer.after(strategy, strategy.experience).buffer.train()
+        if self._after is None or not again:
+            self._after = self.buffer.after(strategy, strategy.experience)
+        return self._after.buffer.train()
 
     def class_means(self, strategy: Any) -> tuple[list[int], Tensor] | None:
         """Return class ids and the L2-normalised means ``[C, D]`` of their exemplars' features.
 
-        iCaRL, algorithm 1, with the exemplars' features normalised first. ``None`` before there are
-        exemplars. Computed with the present model when first asked for after a change.
+        iCaRL, algorithm 1, with the exemplars' features normalised first, and as in PyCIL without
+        mirrored images, which PODNet's code averages in. ``None`` before there are exemplars.
+        Computed with the present model when first asked for after a change.
         """
         exemplars = self.buffer.buffer
         resized = self._means_of is not exemplars
@@ -129,13 +138,17 @@ class HerdingReplayPlugin(SupervisedPlugin):
         return self._means
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the exemplars' positions."""
-        return self.buffer.state_dict()
+        """Return the exemplars' positions, and those of :meth:`exemplars_after`."""
+        after = None if self._after is None else self._after.state_dict()
+        return {**self.buffer.state_dict(), "after": after}
 
     def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
         """Take back saved positions; ``stream`` is the training stream they point into."""
         self.buffer.load_state_dict(state, stream)
-        self._means = None
+        self._means = self._after = None
+        if state["after"] is not None:
+            self._after = copy.copy(self.buffer)
+            self._after.load_state_dict(state["after"], stream)
 
 
 def _stream(experience: Any) -> Any:
