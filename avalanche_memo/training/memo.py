@@ -7,10 +7,7 @@ from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
 from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training.plugins import (
-    AuxiliaryLossPlugin,
-    WeightAlignmentPlugin,
-)
+from avalanche_memo.training.plugins import AuxiliaryLossPlugin, WeightAlignmentPlugin
 from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.template import Phase, ReplayTemplate
 
