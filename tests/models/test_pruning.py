@@ -249,9 +249,13 @@ def test_buffers_of_positions_are_counted_and_not_saved():
 
 
 @pytest.mark.parametrize("make", [BACKBONES["cifar"], BACKBONES["basic"], convnet2])
-def test_a_pruned_block_can_be_folded(make):
+@pytest.mark.parametrize("whole", [False, True], ids=["cut", "whole"])
+def test_a_pruned_block_can_be_folded(make, whole):
     torch.manual_seed(0)
     masked = mask_channels(block_of(make())).double().eval()
+    if whole:
+        for norm in (m for m in masked.modules() if isinstance(m, MaskedBatchNorm2d)):
+            nn.init.ones_(norm.embedding)
     pruned = prune_channels(masked, open_channels(masked)).eval()
     folded = fold_batch_norm(pruned, torch.float64)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())

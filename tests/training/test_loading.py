@@ -16,6 +16,7 @@ from avalanche.benchmarks.utils.data_loader import (
     ReplayDataLoader,
     TaskBalancedDataLoader,
 )
+from avalanche.benchmarks.utils.flat_data import FlatData
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.training import Naive
 from avalanche.training.determinism.rng_manager import RNGManager
@@ -37,6 +38,7 @@ from avalanche_memo.training.batch_transforms import (
 )
 from avalanche_memo.training.loading import ResidentLoader, resident_loader, shuffled_loader
 from avalanche_memo.training.plugins import ResidentBatches
+from avalanche_memo.training.samples import sample_parts
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 CIFAR = T.Compose(
@@ -269,6 +271,14 @@ def test_one_image_from_the_same_random_state_equals_the_chain(images, chain):
 def test_unknown_chains_have_a_reason(chain, reason):
     with pytest.raises(UnsupportedError, match=reason):
         parse_transforms(chain)
+
+
+def test_data_without_transform_groups_has_a_reason():
+    nested = FlatData([nc().train_stream[0].dataset._flat_data], indices=[2, 0])
+    index = np.arange(2)
+    with pytest.raises(UnsupportedError, match="a nested FlatData"):
+        list(sample_parts(nested, index, index, "train"))
+    assert sum(len(part.indices) for part in sample_parts(nested, index, index, None)) == 2
 
 
 # --- transforms, in distribution ------------------------------------------------------------------
