@@ -28,7 +28,7 @@ from avalanche_memo.training.plugins import HerdingReplayPlugin
 from experiments.building import make_benchmark, make_network
 from experiments.config import METHOD_NAMES, Config
 from experiments.figures import new_figure, protocol_title, save_figure
-from experiments.folders import stored_config
+from experiments.folders import stored_config, write
 from experiments.kept_models import KeptModels
 from experiments.machine import default_device
 
@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     out: Path = options.out or folder / "analysis"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "analysis.json").write_text(json.dumps(analysis, indent=1, allow_nan=False) + "\n")
+    write(out / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     gradient_figure(analysis, out / "gradient_norm.png")
     shift_figure(analysis, out / "shift.png")
     cka_figure(analysis, out / "cka.png")

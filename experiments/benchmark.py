@@ -34,6 +34,7 @@ from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
 from avalanche_memo.training import DER, MEMO
 from avalanche_memo.training.loading import resident_loader
 from avalanche_memo.training.storage_policy import herding_order
+from experiments.folders import write
 from experiments.machine import default_device, describe, seconds
 
 BATCH = 128
@@ -323,11 +324,65 @@ def growth(medians: dict[tuple[str, str], float]) -> dict[str, float]:
     }
 
 
+def derive(rows: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
+    """Measure what the rows leave out, and return what follows from both, by name."""
+    medians = {(row["what"], row["side"]): row["median"] for row in rows}
+    started = {
+        side: [
+            in_new_process(start_ups, FastPath(compile_frozen=compiled), device) for _ in range(3)
+        ]
+        for side, compiled in (("fast", False), ("compiled", True))
+    }
+    product, copy = ceilings(device)
+    written = 5000 * 3 * 32 * 32 * 4 / medians["loader, 5,000 images", "fast"]
+    return {
+        "added_ms_per_frozen_block": {side: 1e3 * added for side, added in growth(medians).items()},
+        "start_up_s_at_experiences_2_and_3": {
+            side: np.median(turns, axis=0).tolist() for side, turns in started.items()
+        },
+        "bf16_product_flops_per_s": product,
+        "copy_bytes_per_s": copy,
+        "share_of_product_by_experience": {
+            n: training_flops(n) / medians[f"MEMO training step, experience {n}", "fast"] / product
+            for n in (1, 5, 10)
+        },
+        "loader_share_of_copy": written / copy,
+    }
+
+
 def row_text(row: dict[str, Any]) -> str:
     """Return a row of the Markdown table."""
     numbers = [f"{row[key]:.4g}" for key in ("median", "p10", "p90")]
     cells = [row["what"], row["side"], *numbers, row["unit"], f"{row['ratio']:.2f}"]
     return f"| {' | '.join(cells)} |"
+
+
+def notes(machine: str, derived: dict[str, Any]) -> str:
+    """Return what :func:`derive` found, in sentences."""
+    added = "; ".join(
+        f"{side} {value:.1f} ms" for side, value in derived["added_ms_per_frozen_block"].items()
+    )
+    start_up = derived["start_up_s_at_experiences_2_and_3"]
+    waits = " and at experience 3 ".join(
+        f"{fast:.2g} s ({compiled:.2g} s with frozen blocks compiled)"
+        for fast, compiled in zip(start_up["fast"], start_up["compiled"], strict=True)
+    )
+    shares = ", ".join(
+        f"{share:.0%} at experience {n}"
+        for n, share in derived["share_of_product_by_experience"].items()
+    )
+    return "\n\n".join(
+        [
+            f"\nResNet-32, batches of {BATCH}, loader included; {machine}.",
+            f"One more frozen block adds to a step of MEMO: {added}.",
+            f"Before the first step at experience 2, the first with a frozen block, pass {waits}.",
+            "A product of two 4096 x 4096 matrices in bfloat16 reaches "
+            f"{derived['bf16_product_flops_per_s'] / 1e12:.3g} TFLOP/s. Of that, fast steps of "
+            f"MEMO reach {shares}. A copy moves {derived['copy_bytes_per_s'] / 1e9:.3g} GB/s; the "
+            "fast loader writes its float32 batches at "
+            f"{derived['loader_share_of_copy']:.0%} of that.",
+        ]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -341,60 +396,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
     print(head)
     rows = measure(options.device, options.rounds, options.steps)
-    medians = {(row["what"], row["side"]): row["median"] for row in rows}
-    added = {side: 1e3 * value for side, value in growth(medians).items()}
-    started = {
-        side: [in_new_process(start_ups, fast, options.device) for _ in range(3)]
-        for side, fast in (
-            ("fast", FastPath(compile_frozen=False)),
-            ("compiled", FastPath(compile_frozen=True)),
-        )
-    }
-    start_up = {side: np.median(turns, axis=0).tolist() for side, turns in started.items()}
-    product, copy = ceilings(options.device)
-    shares = {
-        n: training_flops(n) / medians[f"MEMO training step, experience {n}", "fast"] / product
-        for n in (1, 5, 10)
-    }
-    written = 5000 * 3 * 32 * 32 * 4 / medians["loader, 5,000 images", "fast"]
-    machine = describe(options.device)
-    notes = [
-        "",
-        f"ResNet-32, batches of {BATCH}, loader included; {machine}.",
-        "",
-        "One more frozen block adds to a step of MEMO: "
-        + "; ".join(f"{side} {value:.1f} ms" for side, value in added.items())
-        + ".",
-        "",
-        "Before the first step at experience 2, the first with a frozen block, pass "
-        + " and at experience 3 ".join(
-            f"{start_up['fast'][i]:.2g} s ({start_up['compiled'][i]:.2g} s with frozen blocks "
-            "compiled)"
-            for i in (0, 1)
-        )
-        + ".",
-        "",
-        f"A product of two 4096 x 4096 matrices in bfloat16 reaches {product / 1e12:.3g} TFLOP/s. "
-        "Of that, fast steps of MEMO reach "
-        + ", ".join(f"{share:.0%} at experience {n}" for n, share in shares.items())
-        + f". A copy moves {copy / 1e9:.3g} GB/s; the fast loader writes its float32 batches at "
-        f"{written / copy:.0%} of that.",
-    ]
-    print("\n".join(notes))
+    machine, derived = describe(options.device), derive(rows, options.device)
+    text = notes(machine, derived)
+    print(text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        table = "\n".join([head, *map(row_text, rows), *notes]) + "\n"
-        (options.out / "benchmark.md").write_text(table)
-        content = {
-            "machine": machine,
-            "rows": rows,
-            "added_ms_per_frozen_block": added,
-            "start_up_s_at_experiences_2_and_3": start_up,
-            "bf16_product_flops_per_s": product,
-            "copy_bytes_per_s": copy,
-            "share_of_product_by_experience": shares,
-        }
-        (options.out / "benchmark.json").write_text(json.dumps(content) + "\n")
+        table = "\n".join([head, *map(row_text, rows), text]) + "\n"
+        write(options.out / "benchmark.md", table)
+        content = {"machine": machine, "rows": rows} | derived
+        write(options.out / "benchmark.json", json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":

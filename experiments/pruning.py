@@ -24,7 +24,7 @@ from experiments.building import make_network
 from experiments.comparison import check_protocol
 from experiments.config import EXPANDING, Config
 from experiments.figures import new_figure, save_figure
-from experiments.folders import stored_config
+from experiments.folders import stored_config, write
 from experiments.machine import default_device, describe, seconds
 
 __all__ = ["latency", "main", "report", "survival"]
@@ -270,8 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     page = tables(reports)
-    (options.out / "pruning.md").write_text(page)
-    (options.out / "pruning.json").write_text(json.dumps(reports, indent=1) + "\n")
+    write(options.out / "pruning.md", page)
+    write(options.out / "pruning.json", json.dumps(reports, indent=1) + "\n")
     draw(reports, options.out / "pruning.png")
     print(page)
 

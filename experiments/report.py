@@ -44,6 +44,7 @@ from experiments.figures import (
     memory_bars,
     memory_curves,
 )
+from experiments.folders import write
 
 __all__ = ["main", "report"]
 
@@ -156,11 +157,11 @@ def report(
     }
     text = "\n".join([f"# {title}\n", *(f"- {note}" for note in notes), ""])
     filled = [table for table in tables if table.rows]
-    (out / "report.md").write_text("\n".join([text, *(table.markdown() for table in filled)]))
-    (out / "tables.tex").write_text("\n\n".join(table.latex() for table in filled) + "\n")
-    (out / "results.csv").write_text(_csv(groups))
+    write(out / "report.md", "\n".join([text, *(table.markdown() for table in filled)]))
+    write(out / "tables.tex", "\n\n".join(table.latex() for table in filled) + "\n")
+    write(out / "results.csv", _csv(groups))
     page = out / "index.html"
-    page.write_text(_page(title, notes, tables, pictures))
+    write(page, _page(title, notes, tables, pictures))
     return page
 
 

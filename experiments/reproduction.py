@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 from experiments.comparison import Group, Spread, check_distinct, group, read
 from experiments.figures import markdown, published_curves, save_figure
+from experiments.folders import write
 
 __all__ = ["main", "page"]
 
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
     out = path.with_name("REPRODUCTION.md")
-    out.write_text(text)
+    write(out, text)
     for file, figure in figures.items():
         save_figure(figure, path.parent / file)
     print(out)
