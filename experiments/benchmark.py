@@ -324,7 +324,7 @@ def growth(medians: dict[tuple[str, str], float]) -> dict[str, float]:
     }
 
 
-def derive(rows: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
+def other_measures(rows: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
     """Measure what the rows leave out, and return what follows from both, by name."""
     medians = {(row["what"], row["side"]): row["median"] for row in rows}
     started = {
@@ -357,19 +357,19 @@ def row_text(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def notes(machine: str, derived: dict[str, Any]) -> str:
-    """Return what :func:`derive` found, in sentences."""
+def notes(machine: str, others: dict[str, Any]) -> str:
+    """Return what :func:`other_measures` found, in sentences."""
     added = "; ".join(
-        f"{side} {value:.1f} ms" for side, value in derived["added_ms_per_frozen_block"].items()
+        f"{side} {value:.1f} ms" for side, value in others["added_ms_per_frozen_block"].items()
     )
-    start_up = derived["start_up_s_at_experiences_2_and_3"]
+    start_up = others["start_up_s_at_experiences_2_and_3"]
     waits = " and at experience 3 ".join(
         f"{fast:.2g} s ({compiled:.2g} s with frozen blocks compiled)"
         for fast, compiled in zip(start_up["fast"], start_up["compiled"], strict=True)
     )
     shares = ", ".join(
         f"{share:.0%} at experience {n}"
-        for n, share in derived["share_of_product_by_experience"].items()
+        for n, share in others["share_of_product_by_experience"].items()
     )
     return "\n\n".join(
         [
@@ -377,10 +377,10 @@ def notes(machine: str, derived: dict[str, Any]) -> str:
             f"One more frozen block adds to a step of MEMO: {added}.",
             f"Before the first step at experience 2, the first with a frozen block, pass {waits}.",
             "A product of two 4096 x 4096 matrices in bfloat16 reaches "
-            f"{derived['bf16_product_flops_per_s'] / 1e12:.3g} TFLOP/s. Of that, fast steps of "
-            f"MEMO reach {shares}. A copy moves {derived['copy_bytes_per_s'] / 1e9:.3g} GB/s; the "
+            f"{others['bf16_product_flops_per_s'] / 1e12:.3g} TFLOP/s. Of that, fast steps of "
+            f"MEMO reach {shares}. A copy moves {others['copy_bytes_per_s'] / 1e9:.3g} GB/s; the "
             "fast loader writes its float32 batches at "
-            f"{derived['loader_share_of_copy']:.0%} of that.",
+            f"{others['loader_share_of_copy']:.0%} of that.",
         ]
     )
 
@@ -396,14 +396,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
     print(head)
     rows = measure(options.device, options.rounds, options.steps)
-    machine, derived = describe(options.device), derive(rows, options.device)
-    text = notes(machine, derived)
+    machine, others = describe(options.device), other_measures(rows, options.device)
+    text = notes(machine, others)
     print(text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         table = "\n".join([head, *map(row_text, rows), text]) + "\n"
         write(options.out / "benchmark.md", table)
-        content = {"machine": machine, "rows": rows} | derived
+        content = {"machine": machine, "rows": rows} | others
         write(options.out / "benchmark.json", json.dumps(content) + "\n")
 
 
