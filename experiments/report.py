@@ -26,6 +26,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from avalanche_memo.training.checkpoint import written_whole
 from experiments.comparison import (
     Group,
     areas,
@@ -302,12 +303,12 @@ def _figures(title: str, groups: Sequence[Group]) -> dict[str, tuple[str, Figure
 
 def _save(figure: Figure, path: Path) -> bytes:
     """Write the figure as PDF and SVG, the same bytes for the same figure; return the SVG."""
-    svg = io.BytesIO()
+    dates = {"svg": "Date", "pdf": "CreationDate"}
     with rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    path.with_suffix(".svg").write_bytes(svg.getvalue())
-    return svg.getvalue()
+        for kind, date in dates.items():
+            with written_whole(path.with_suffix(f".{kind}")) as file:
+                figure.savefig(file, format=kind, metadata={date: None})
+    return path.with_suffix(".svg").read_bytes()
 
 
 def _csv(groups: Sequence[Group]) -> str:
