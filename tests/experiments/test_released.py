@@ -1,0 +1,191 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from avalanche_memo.training import Phase
+from experiments import released
+from experiments.benchmark import in_new_process
+from experiments.config import Config
+from experiments.released import main, released_settings, run_released, table
+
+# A repository laid out as the released ones are. Instead of accuracies it reports what reaches it.
+CLONE = {
+    "trainer.py": """
+import torch
+from utils import factory
+from utils.data_manager import DataManager
+
+def _set_device(args):
+    args["device"] = ["cuda:0"]
+
+def _set_random():
+    torch.manual_seed(1)
+
+def train(args):
+    _set_random()
+    _set_device(args)
+    assert args["device"] == [torch.device("cpu")]
+    manager = DataManager()
+    learner = factory.get_model(args["model_name"], args)
+    for task in range(manager.nb_tasks):
+        learner.eval_task()
+    save_fc(args, learner)
+""",
+    "utils/factory.py": """
+def get_model(name, args):
+    from models import icarl
+    return icarl.Learner(args)
+""",
+    "utils/data_manager.py": """
+class DataManager:
+    @property
+    def nb_tasks(self):
+        return 10
+""",
+    "utils/inc_net.py": """
+from convs.cifar_resnet import CifarResNet, ResNetBasicblock
+
+def resnet32():
+    return CifarResNet(ResNetBasicblock, 32)
+
+def get_memo_resnet32():
+    raise NotImplementedError
+""",
+    "convs/cifar_resnet.py": """
+ResNetBasicblock = "block"
+
+def CifarResNet(block, depth):
+    return depth
+""",
+    "models/base.py": "from torch.utils.data import DataLoader\n",
+    "models/icarl.py": """
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader
+from utils import inc_net
+
+epochs = 170
+init_milestones = [60, 120, 170]
+weight_decay = 2e-4
+
+class Learner:
+    def __init__(self, args):
+        loader, data = DataLoader([1], num_workers=8), list(Path("data").iterdir())
+        self.figures = [epochs, *init_milestones, weight_decay, inc_net.resnet32()]
+        self.figures += [args["memory_size"], torch.initial_seed(), len(data), loader.num_workers]
+
+    def eval_task(self):
+        return {"top1": self.figures.pop(0)}, {"top1": 0.5}
+""",
+}
+
+PROTOCOL = Config(
+    method="icarl",
+    benchmark="cifar100",
+    increment=10,
+    classes=30,
+    backbone="resnet14",
+    mem_size=600,
+    seed=7,
+    first=[Phase(3, lr=0.1, weight_decay=5e-4, milestones=(1, 2))],
+    later=[Phase(2, lr=0.1, weight_decay=1e-3)],
+)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for name, text in CLONE.items():
+        path = tmp_path / "clone" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "clone"
+
+
+def test_the_released_code_trains_what_the_configuration_says(clone, tmp_path):
+    (tmp_path / "data" / "cifar-100-python").mkdir(parents=True)
+    here = Path.cwd()
+    # Nine experiences, as there are nine figures.
+    config = replace(PROTOCOL, data_root=str(tmp_path / "data"), classes=90)
+    found = in_new_process(run_released, clone, config)
+    # Epochs, milestones of the first experience, weight decay; depth; exemplars, seed, the data.
+    assert found["cnn"] == [2, 1, 2, 1e-3, 14, 600, 7, 1, 0]
+    assert found["nme"] == [0.5] * 9
+    assert Path.cwd() == here
+
+
+def test_settings_have_the_released_names():
+    settings = released_settings(replace(PROTOCOL, method="memo"))
+    assert settings["convnet_type"] == "memo_resnet32"
+    assert settings["seed"] == [1993]  # Of the class order.
+    assert (settings["init_epoch"], settings["epochs"]) == (3, 2)
+    assert (settings["init_weight_decay"], settings["weight_decay"]) == (5e-4, 1e-3)
+    assert settings["train_base"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "podnet"}, "method: expected one of memo, icarl, wa, replay, got podnet"),
+        ({"benchmark": "digits"}, "benchmark: expected cifar100, got digits"),
+        ({"base": 50}, "base: expected 0, got 50"),
+        ({"backbone": "convnet2"}, "backbone: expected resnet14 .*, got convnet2"),
+        ({"later": [Phase(1), Phase(1)]}, "later: expected one phase, got"),
+    ],
+)
+def test_what_the_released_code_cannot_train_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        released_settings(replace(PROTOCOL, **change))
+
+
+def test_a_folder_without_released_code_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "clone: expected released code, got a folder without" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_has_means_and_the_differences_standard_error():
+    released = {"1": {"cnn": [50, 30], "nme": [51, 31]}, "2": {"cnn": [54, 34], "nme": [51, 31]}}
+    ours = {"1": {"cnn": [55, 33], "nme": [53, 30]}}
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table({"wa": {"released": released, "ours": ours}}, 10).splitlines()
+    ]
+    assert rows[0] == ["method", "readout", "side", "seeds", "10 classes", "20 classes"]
+    assert rows[2] == ["WA", "CNN", "released", "2", "52.00 ± 2.83", "32.00 ± 2.83"]
+    assert rows[3:5] == [
+        ["WA", "CNN", "ours", "1", "55.00", "33.00"],
+        ["WA", "CNN", "difference", "", "+3.00", "+1.00"],
+    ]
+    both = table({"wa": {"released": released, "ours": released}}, 10)
+    # Two seeds, each side's variance 8: the square root of 8/2 + 8/2.
+    assert "+0.00 ± 2.83" in both
+
+
+def test_finished_runs_are_kept_and_not_repeated(clone, tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(side, accuracy):
+        def note(*arguments):
+            trained.append((side, arguments[-1].seed))
+            return {"cnn": accuracy, "nme": accuracy}
+
+        return note
+
+    monkeypatch.setattr(released, "check", lambda config: None)
+    monkeypatch.setattr(released, "in_new_process", train("released", [60.0, 40.0]))
+    monkeypatch.setattr(released, "run_ours", train("ours", [61.0, 42.0]))
+    command = [str(clone), "--methods", "icarl", "--out", str(tmp_path / "out")]
+    main([*command, "--seeds", "1"])
+    main([*command, "--seeds", "1", "2"])
+    assert trained == [("released", 1), ("ours", 1), ("released", 2), ("ours", 2)]
+    stored = json.loads((tmp_path / "out" / "released.json").read_text())
+    assert stored["accuracy"]["icarl"]["ours"]["2"]["cnn"] == [61.0, 42.0]
+    assert "+2.00 ± 0.00" in (tmp_path / "out" / "released.md").read_text()
+    other = tmp_path / "other.yaml"
+    other.write_text("{against: [], benchmark: cifar100, backbone: resnet14, increment: 10}")
+    with pytest.raises(SystemExit):
+        main([*command, "--config", str(other)])
+    assert "out: " in capsys.readouterr().err
