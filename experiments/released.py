@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -175,8 +176,7 @@ def run_ours(config: Config) -> _Accuracy:
 def table(accuracies: _Accuracies, increment: int) -> str:
     """Return a Markdown table: mean and sample standard deviation over the seeds, by classes seen.
 
-    Where both sides have several seeds, the difference, ours minus released, has its standard
-    error.
+    Where both sides have several seeds, the difference has its standard error.
     """
     rows = []
     for method, sides in accuracies.items():
@@ -191,6 +191,24 @@ def table(accuracies: _Accuracies, increment: int) -> str:
                 rows.append([*start, "difference", "", *_differences(*both)])
     seen = [f"{increment * (i + 1)} classes" for i in range(max(map(len, rows)) - 4)]
     return markdown(["method", "readout", "side", "seeds", *seen], rows, 3)
+
+
+def page(content: dict[str, Any]) -> str:
+    """Return what is compared, and how, around the table."""
+    config = content["config"]
+    epochs = " and then ".join(str(config[when][0]["epochs"]) for when in ("first", "later"))
+    commits = ", ".join(f"{METHOD_NAMES[m]} {commit}" for m, commit in content["commits"].items())
+    return f"""# Released code beside ours
+
+CIFAR-100, {config["classes"] or 100} classes of Base-{config["base"]} Inc-{config["increment"]},
+{config["backbone"]}, {config["mem_size"]} exemplars, {epochs} epochs, batches of
+{config["batch_size"]}. Top-1 accuracy in %, mean ± sample standard deviation over the seeds; the
+difference is ours minus released, with its standard error.
+
+{table(content["accuracy"], config["increment"])}
+
+{content["machine"]}. Commits of the released code: {commits}.
+"""
 
 
 def _differences(released: tuple[int, list[Spread]], ours: tuple[int, list[Spread]]) -> list[str]:
@@ -239,6 +257,8 @@ def _compare(options: argparse.Namespace, protocol: Config) -> None:
         content = json.loads(path.read_text())
         refuse_other("out", options.out, content["config"], own)
     content["machine"] = describe("cpu")
+    commits = content.setdefault("commits", {})
+    commits |= dict.fromkeys(options.methods, _commit(options.clone))
     options.out.mkdir(parents=True, exist_ok=True)
     sides = {"released": partial(in_new_process, run_released, options.clone), "ours": run_ours}
     for seed in options.seeds:
@@ -249,9 +269,14 @@ def _compare(options: argparse.Namespace, protocol: Config) -> None:
                 if str(seed) not in runs:
                     runs[str(seed)] = train(config)
                     write(path, compact(content))
-                    text = table(content["accuracy"], protocol.increment)
-                    write(options.out / "released.md", f"{text}\n")
+                    write(options.out / "released.md", page(content))
     print((options.out / "released.md").read_text())
+
+
+def _commit(clone: Path) -> str:
+    git = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
+    shown = subprocess.run(git, capture_output=True, text=True, check=False)
+    return shown.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

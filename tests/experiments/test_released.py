@@ -183,7 +183,9 @@ def test_finished_runs_are_kept_and_not_repeated(clone, tmp_path, monkeypatch, c
     assert trained == [("released", 1), ("ours", 1), ("released", 2), ("ours", 2)]
     stored = json.loads((tmp_path / "out" / "released.json").read_text())
     assert stored["accuracy"]["icarl"]["ours"]["2"]["cnn"] == [61.0, 42.0]
-    assert "+2.00 ± 0.00" in (tmp_path / "out" / "released.md").read_text()
+    page = (tmp_path / "out" / "released.md").read_text()
+    assert "+2.00 ± 0.00" in page
+    assert "iCaRL unknown" in page  # The commit: the stand-in is no clone.
     other = tmp_path / "other.yaml"
     other.write_text("{against: [], benchmark: cifar100, backbone: resnet14, increment: 10}")
     with pytest.raises(SystemExit):
