@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -276,18 +276,30 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_argument("--resume", metavar="FOLDER", help="continue the run of a folder")
     parser.add_class_arguments(Config, as_group=False)
-    namespace = parser.parse_args(list(arguments) if arguments is not None else None)
+    given = list(arguments if arguments is not None else sys.argv[1:])
+    namespace = parser.parse_args([*_with_phases_emptied(given)])
     if namespace.resume is not None:
         stored = Path(namespace.resume) / "config.yaml"
         if not stored.exists():
             parser.error(
                 f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
             )
-        given = list(arguments if arguments is not None else sys.argv[1:])
         if len(given) > (1 if given[0].startswith("--resume=") else 2):
             parser.error(f"--resume: expected a folder and no further options, got {given}")
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
     return _config(parser, namespace)
+
+
+def _with_phases_emptied(arguments: Sequence[str]) -> Iterator[str]:
+    """Empty a list of phases before another is given.
+
+    The parser would take what a new phase leaves out from the old one in its place.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name in ("--first", "--later"):
+            yield f"{name}=[]"
+        yield argument
 
 
 def _config(parser: _Parser, namespace: jsonargparse.Namespace) -> Config:

@@ -359,6 +359,13 @@ def test_table_and_figure_show_the_numbers_of_the_results(finished, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("option", [["--later=[{epochs: 51}]"], ["--later", "[{epochs: 51}]"]])
+def test_phases_of_the_command_line_take_nothing_from_those_of_the_file(option):
+    file = ["--config", "experiments/configs/memo_cifar100_b0_inc10.yaml"]
+    assert parse([*file, *option]).later == [Phase(51)]
+    assert parse([*file, *option]).first == parse(file).first
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
