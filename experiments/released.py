@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 from unittest.mock import patch
 
@@ -198,17 +199,16 @@ def page(content: dict[str, Any]) -> str:
     config = content["config"]
     epochs = " and then ".join(str(config[when][0]["epochs"]) for when in ("first", "later"))
     commits = ", ".join(f"{METHOD_NAMES[m]} {commit}" for m, commit in content["commits"].items())
-    return f"""# Released code beside ours
-
-CIFAR-100, {config["classes"] or 100} classes of Base-{config["base"]} Inc-{config["increment"]},
-{config["backbone"]}, {config["mem_size"]} exemplars, {epochs} epochs, batches of
-{config["batch_size"]}. Top-1 accuracy in %, mean ± sample standard deviation over the seeds; the
-difference is ours minus released, with its standard error.
-
-{table(content["accuracy"], config["increment"])}
-
-{content["machine"]}. Commits of the released code: {commits}.
-"""
+    protocol = (
+        f"CIFAR-100, {config['classes'] or 100} classes of Base-{config['base']} "
+        f"Inc-{config['increment']}, {config['backbone']}, {config['mem_size']} exemplars, "
+        f"{epochs} epochs, batches of {config['batch_size']}. Top-1 accuracy in %, mean ± sample "
+        "standard deviation over the seeds; the difference is ours minus released, with its "
+        "standard error."
+    )
+    origin = f"{content['machine']}. Commits of the released code: {commits}."
+    rows = table(content["accuracy"], config["increment"])
+    return "\n\n".join(["# Released code beside ours", fill(protocol, 100), rows, origin]) + "\n"
 
 
 def _differences(released: tuple[int, list[Spread]], ours: tuple[int, list[Spread]]) -> list[str]:
