@@ -8,7 +8,6 @@ Leave the machine alone meanwhile: a second process on the same cores distorts e
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import statistics
@@ -35,7 +34,7 @@ from avalanche_memo.training import DER, MEMO
 from avalanche_memo.training.loading import resident_loader
 from avalanche_memo.training.storage_policy import herding_order
 from experiments.folders import write
-from experiments.machine import default_device, describe, seconds
+from experiments.machine import default_device, describe, in_new_process, seconds
 
 BATCH = 128
 PLAIN = FastPath.of(False)
@@ -169,12 +168,6 @@ def herding(fast: bool, n: int, dim: int, m: int) -> list[float]:
     # Ranking does not use the object, whose constructor wants a model and a layer's name.
     rank = HerdingSelectionStrategy.make_sorted_indices_from_features
     return [seconds(lambda: rank(None, features))]
-
-
-def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, arguments)
 
 
 def peak_memory(experiences: int, fast: FastPath, device: str) -> float:

@@ -1,5 +1,6 @@
-"""The machine that figures are measured on."""
+"""The machine that figures are measured on, and its processes."""
 
+import multiprocessing
 import platform
 import re
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["chip", "default_device", "describe", "seconds"]
+__all__ = ["chip", "default_device", "describe", "in_new_process", "seconds"]
 
 
 def default_device() -> str:
@@ -41,3 +42,9 @@ def seconds(work: Callable[[], Any], device: str | torch.device = "cpu") -> floa
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)

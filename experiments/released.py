@@ -27,13 +27,12 @@ from unittest.mock import patch
 import torch
 from torch.utils.data import DataLoader
 
-from experiments.benchmark import in_new_process
 from experiments.building import data_root
 from experiments.comparison import Spread
 from experiments.config import METHOD_NAMES, Config, parse
 from experiments.figures import markdown
 from experiments.folders import compact, refuse_other, write
-from experiments.machine import describe
+from experiments.machine import describe, in_new_process
 from experiments.run import check, run
 
 __all__ = ["main", "released_settings", "run_released", "table"]

@@ -6,8 +6,8 @@ import pytest
 
 from avalanche_memo.training import Phase
 from experiments import released
-from experiments.benchmark import in_new_process
 from experiments.config import Config
+from experiments.machine import in_new_process
 from experiments.released import main, released_settings, run_released, table
 
 # A repository laid out as the released ones are. Instead of accuracies it reports what reaches it.
