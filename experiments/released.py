@@ -4,7 +4,7 @@
 holds https://github.com/G-U-N/PyCIL or, for MEMO, https://github.com/wangkiw/ICLR23-MEMO, whose
 code runs as it is but for three things: in one process on the CPU; with the backbone, classes and
 schedule of the configuration; and with torch seeded by its seed instead of always by 1. Runs that
-are finished are not repeated.
+are finished are not repeated. Further options change the configuration, as in experiments.run.
 """
 
 import argparse
@@ -224,17 +224,17 @@ def _differences(released: tuple[int, list[Spread]], ours: tuple[int, list[Sprea
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is not finished, and write the accuracies and their table after each run."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.released", description="Released code beside ours."
+        prog="python -m experiments.released",
+        description="Released code beside ours.",
+        epilog="Further options are those of experiments.run, such as --data_root or --classes.",
     )
     parser.add_argument("clone", type=Path, help="a clone of the released code")
     parser.add_argument("--config", type=Path, default=_CONFIG, help="the protocol (YAML)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--data_root", help="the folder of CIFAR-100")
     parser.add_argument("--out", type=Path, required=True, help="for released.json and released.md")
-    options = parser.parse_args(arguments)
-    root = ["--data_root", options.data_root] if options.data_root else []
-    protocol = parse(["--config", str(options.config), *root])
+    options, further = parser.parse_known_args(arguments)
+    protocol = parse(["--config", str(options.config), *further])
     try:
         for method in options.methods:
             module = options.clone / "models" / f"{method}.py"

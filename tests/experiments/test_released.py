@@ -186,8 +186,9 @@ def test_finished_runs_are_kept_and_not_repeated(clone, tmp_path, monkeypatch, c
     page = (tmp_path / "out" / "released.md").read_text()
     assert "+2.00 ± 0.00" in page
     assert "iCaRL unknown" in page  # The commit: the stand-in is no clone.
-    other = tmp_path / "other.yaml"
-    other.write_text("{against: [], benchmark: cifar100, backbone: resnet14, increment: 10}")
     with pytest.raises(SystemExit):
-        main([*command, "--config", str(other)])
-    assert "out: " in capsys.readouterr().err
+        main([*command, "--classes", "20"])
+    assert "classes: 30 there, 20 here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--clases", "20"])
+    assert "the nearest known key is 'classes'" in capsys.readouterr().err
