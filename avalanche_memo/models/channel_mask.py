@@ -131,9 +131,9 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         return (self.embedding > 0) | (channels == self.embedding.argmax())
 
     def mask(self) -> Tensor:
-        """Return the mask ``[C]``."""
+        """Return the mask ``[C]``: 0 or 1, but soft while the embedding learns."""
         is_open = self.open_channels()
-        if not self.training:
+        if not (self.training and self.embedding.requires_grad):
             return is_open.to(self.weight.dtype)
         soft = channel_mask(self.embedding, self.scale, self.rate)
         return torch.where(is_open & (self.embedding <= 0), 1, soft)

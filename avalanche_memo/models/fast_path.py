@@ -149,16 +149,26 @@ class FoldedBlock:
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self._block, self._dtype = block, dtype
         self._modules = list(block.modules())
-        self._tensors = [*block.parameters(), *block.buffers()]
-        self._version = -1
+        self._versions: list[tuple[int, int]] = []
 
     def hooked(self) -> bool:
         """Return whether someone watches the block run, which then has to run itself."""
         return any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
 
     def current(self) -> nn.Module:
-        """Return the copy; a new one where the block was changed in place."""
-        version = sum(tensor._version for tensor in self._tensors)
-        if version != self._version:
-            self._version, self._copy = version, fold_batch_norm(self._block, self._dtype)
+        """Return the copy; a new one where the block's tensors were changed or replaced.
+
+        Writing through ``tensor.data`` is not noticed, as autograd does not notice it.
+        """
+        versions = [
+            (tensor.data_ptr(), tensor._version)
+            for module in self._modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        if versions != self._versions:
+            # An inference tensor could not be used in training later.
+            with torch.inference_mode(False):
+                self._copy = fold_batch_norm(self._block, self._dtype)
+            self._versions = versions
         return self._copy

@@ -14,7 +14,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 __all__ = ["Checkpoint", "restore", "restore_progress", "written_whole"]
 
-FORMAT = "avalanche_memo checkpoint 2"
+FORMAT = "avalanche_memo checkpoint 3"
 _COUNTERS = (
     "train_iterations",
     "train_exp_counter",
@@ -108,7 +108,7 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[IO[bytes
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
-        unfinished.unlink()  # On a full disk it would take the room that is left.
+        unfinished.unlink(missing_ok=True)  # On a full disk it would take the room that is left.
         raise
     if previous is not None and path.exists():
         os.replace(path, previous)
@@ -161,6 +161,7 @@ def _capture(strategy: Any) -> dict[str, Any]:
     phase = None
     if strategy.phase is not None:
         phase = {
+            "experience": int(strategy.experience.current_experience),
             "index": strategy.phase_index,
             "epoch": strategy.phase_epoch,
             "seed": strategy.phase_seed,

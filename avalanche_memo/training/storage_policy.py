@@ -92,11 +92,14 @@ def herding_order(features: Tensor, m: int) -> Tensor:
     :param m: how many to choose; a larger number than n chooses each once.
     :return: ``[min(m, n)]`` row numbers, best first.
     :raises ValueError: if m is negative or the features are not a matrix.
+    :raises FloatingPointError: if a feature is not finite.
     """
     if features.ndim != 2:
         raise ValueError(f"features: expected a matrix [n, D], got shape {tuple(features.shape)}")
     if m < 0:
         raise ValueError(f"m: expected a number of at least 0, got {m}")
+    if not features.isfinite().all():
+        raise FloatingPointError("features: expected finite numbers, got others; lower the rate")
     features = features.double()
     squares = features.square().sum(dim=1)
     to_mean = features @ features.mean(dim=0) if len(features) else squares
@@ -119,7 +122,8 @@ def balanced_choice(targets: Tensor, share: float, seed: int) -> Tensor:
     :return: row numbers, class by class.
     """
     classes, counts = torch.unique(targets, return_counts=True)
-    per_class = max(1, int(share * int(counts.min())))
+    # 0.29 * 100 is 28.999999999999996 in floating point.
+    per_class = max(1, math.floor(round(share * int(counts.min()), 6)))
     shuffled = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     return torch.cat([shuffled[targets[shuffled] == c][:per_class] for c in classes])
 
@@ -141,8 +145,8 @@ def dataset_features(
 ) -> Tensor:
     """Return the L2-normalised features ``[n, D]`` of a data set, in its order.
 
-    The model runs in evaluation mode, on the data set's evaluation transforms, and is left in the
-    mode in which it came.
+    The model runs in evaluation mode, on the data set's evaluation transforms, and each of its
+    modules is left in the mode in which it came.
 
     :param model: a module with ``extract_features``.
     :param dataset: an Avalanche data set of n samples.
@@ -308,13 +312,14 @@ class HerdingBuffer(ExemplarsBuffer):
             fresh = torch.stack([torch.full_like(positions, source), positions], dim=1)
             old = self.order.get(c, fresh[:0])
             candidates[c] = torch.cat([old, self._not_among(old, fresh)])
-        self.order = {c: self._front(order, quotas[c]) for c, order in self.order.items()}
+        chosen = {c: self._front(order, quotas[c]) for c, order in self.order.items()}
         quality = self._quality(agent_state, exp.dataset)
         for c, rows in candidates.items():
             rows = rows[torch.argsort(rows[:, 0], stable=True)]
             features = dataset_features(agent_state.model, self._dataset(rows), agent_state.device)
             m = quotas[c] if self.compression is None else len(rows)
-            self.order[c] = self._front(rows[herding_order(features, m).cpu()], quotas[c], quality)
+            chosen[c] = self._front(rows[herding_order(features, m).cpu()], quotas[c], quality)
+        self.order = chosen  # Only now, so that an interruption leaves the memory as it was.
         self._rebuild()
 
     def besides(self, exp: Any) -> Any:
@@ -505,8 +510,10 @@ def _evaluated(
     # With a generator of its own: a loader draws a seed, whether or not it needs one.
     own = {"collate_fn": dataset.collate_fn, "generator": torch.Generator()}
     batches = loader or DataLoader(dataset, batch_size, **own)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    outputs = [function(batch[0].to(device)) for batch in batches]
-    model.train(was_training)
-    return torch.cat(outputs)
+    try:
+        return torch.cat([function(batch[0].to(device)) for batch in batches])
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -140,7 +140,8 @@ class IncrementalTemplate(SupervisedTemplate):
     :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for a
         checkpoint of a model with parts of Avalanche's that grow, for a phase on the exemplars
         without a memory, for one that is about the classifier with a model without, for a network
-        with masks without a ``SparsityPlugin``, and before training for an experience with no data.
+        with masks without a ``SparsityPlugin``, and before training for an experience with no data
+        or another than the one within which a restored state was saved.
     :raises FloatingPointError: if a loss is not finite.
     """
 
@@ -271,9 +272,11 @@ class IncrementalTemplate(SupervisedTemplate):
         return super().criterion()
 
     def _before_training_exp(self, **kwargs: Any) -> None:
+        number = self.experience.current_experience
         if len(self.experience.dataset) == 0:
-            number = self.experience.current_experience
             raise ValueError(f"experience: expected data to train on, experience {number} has none")
+        saved = self.resume_from["phase"]["experience"] if self.resume_from else number
+        _check(saved == number, "experience", f"{saved}, within which the state was saved", number)
         self._set_phases()
         own_epochs = self.train_epochs
         # PeriodicEval reads the number of epochs here to decide whether to evaluate at the end.
@@ -283,11 +286,13 @@ class IncrementalTemplate(SupervisedTemplate):
             # Pruned blocks differ in structure: each would be compiled for itself.
             compiles = not self.model.masked and self.model.fast.compiles(self.device, steps)
             self.model.compiled_batch = self.train_mb_size if compiles else None
-        super()._before_training_exp(**kwargs)
-        if self.train_epochs == epochs:
-            self.train_epochs = own_epochs
-        else:  # A plugin has changed it.
-            self._set_phases()
+        try:
+            super()._before_training_exp(**kwargs)
+        finally:  # Whoever interrupts it may train on.
+            if self.train_epochs == epochs:
+                self.train_epochs = own_epochs
+            else:  # A plugin has changed it.
+                self._set_phases()
 
     @property
     def _memories(self) -> list[Any]:
@@ -333,6 +338,7 @@ class IncrementalTemplate(SupervisedTemplate):
             self.model.classifier.reset_parameters()
         if phase.learns == "classifier":
             self.model.requires_grad_(False)
+        if phase.learns == "classifier" or phase.reset_classifier:
             self.model.classifier.requires_grad_(True)
         if phase.data == "balanced":
             # A seed of its own, saved along, so that a resumed phase draws the same subset.

@@ -116,6 +116,13 @@ def test_in_evaluation_channels_are_open_or_exactly_zero():
     assert torch.equal(output[:, [1, 3]], norm(x)[:, [1, 3]])
 
 
+def test_a_mask_that_does_not_learn_is_open_or_zero_in_training_too():
+    masked = masked_norm([-0.01, 0.01, -3.0, 2.0])
+    assert masked.training
+    masked.embedding.requires_grad_(False)
+    assert masked.mask().tolist() == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("embedding", [[-0.3, -0.1, -0.2], [-6.0, -5.0, -5.0]])
 def test_where_all_channels_would_close_one_is_open(embedding):
     assert masked_norm(embedding).eval().mask().tolist() == [0, 1, 0]

@@ -233,7 +233,7 @@ def test_folded_copies_are_no_part_of_the_model():
     assert after == before
 
 
-@pytest.mark.parametrize("change", ["load", "move", "copy", "edit"])
+@pytest.mark.parametrize("change", ["load", "move", "copy", "edit", "assign", "vector"])
 def test_folded_copies_follow_the_weights(change):
     network = grown(2).use(FastPath(**NONE | {"fold_frozen": True})).eval()
     images = torch.randn(4, 3, 16, 16)
@@ -252,10 +252,26 @@ def test_folded_copies_follow_the_weights(change):
     elif change == "edit":
         with torch.no_grad():
             network.specialized[0][0][0].conv1.weight *= 2
+    elif change == "assign":
+        block = network.specialized[0]
+        state = {k: 2 * v if "conv1" in k else v.clone() for k, v in block.state_dict().items()}
+        block.load_state_dict(state, assign=True)
+    elif change == "vector":
+        own = list(network.specialized[0].parameters())
+        nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(own), own)
     else:
         network = copy.deepcopy(network)
     plain = copy.deepcopy(network).use(False)
     torch.testing.assert_close(network(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_after_inference_mode():
+    network = grown(2).use(FastPath(**NONE | {"fold_frozen": True}))
+    with torch.inference_mode():
+        network.eval()(torch.randn(4, 3, 16, 16))
+    _, gradients = learn(network)
+    _, expected = learn(grown(2))
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_a_block_that_someone_watches_runs_itself():

@@ -13,7 +13,12 @@ from avalanche.core import SupervisedPlugin
 from avalanche.training.supervised import Naive
 from torchvision import transforms as T
 
-from avalanche_memo.models import BiasCorrectedLinear, ExpandableNetwork, GrowingLinear
+from avalanche_memo.models import (
+    BiasCorrectedLinear,
+    CosineClassifier,
+    ExpandableNetwork,
+    GrowingLinear,
+)
 from avalanche_memo.training import (
     BIC_TRAINING,
     ICARL_FIRST,
@@ -25,6 +30,7 @@ from avalanche_memo.training import (
     BiC,
     ICaRL,
     Joint,
+    MemoryRates,
     Phase,
     Replay,
 )
@@ -314,7 +320,8 @@ def test_columns_of_unseen_classes_do_not_count():
 
 def test_a_balanced_choice_has_a_share_of_the_rarest_class():
     targets = torch.tensor([5] * 30 + [2] * 71 + [9] * 40)
-    for share, each in ((0.1, 3), (0.01, 1), (0.5, 15), (1.0, 30)):
+    # 0.7 * 30 is 20.999999999999996 in floating point.
+    for share, each in ((0.1, 3), (0.01, 1), (0.5, 15), (0.7, 21), (1.0, 30)):
         chosen = balanced_choice(targets, share, seed=3)
         assert Counter(targets[chosen].tolist()) == {5: each, 2: each, 9: each}
         assert len(set(chosen.tolist())) == 3 * each
@@ -431,6 +438,17 @@ def naive_bic(*plugins: Any) -> Any:
     return Naive(model=model, optimizer=optimizer, plugins=list(plugins), evaluator=silent())
 
 
+def test_old_classes_that_all_come_again_are_held_out_too():
+    trainer = make(BiC)
+    first, both = (
+        make_benchmark(experiences=n, order=ORDER, per_class=12).train_stream[0] for n in (5, 2)
+    )
+    trainer.train(first)
+    trainer.train(both)
+    assert trainer.model.new_classes == sorted(set(ORDER[:5]) - set(ORDER[:2]))
+    assert trainer.model.classifier.correction.tolist() != [1.0, 0.0]
+
+
 def test_bic_refuses_a_memory_that_comes_after_it():
     strategy = naive_bic(BiasCorrectionPlugin(), HerdingReplayPlugin(24))
     before = tensors_of(strategy.model)
@@ -514,6 +532,20 @@ def test_joint_training_starts_afresh_on_all_data(api, fast):
     assert len(steps.steps) == 2 * 36 / 6
 
 
+def test_joint_training_learns_what_growth_has_frozen():
+    """Cosine classifiers freeze the older classes' vectors, which a fresh start draws anew."""
+
+    class Learned(SupervisedPlugin):
+        def before_training_epoch(self, strategy, **kwargs):
+            self.before = strategy.model.classifier.weight.detach().clone()
+
+    learned = Learned()
+    trainer = make(Joint, learned, classifier=CosineClassifier)
+    for experience in make_benchmark().train_stream[:2]:
+        trainer.train(experience)
+    assert (trainer.model.classifier.weight != learned.before).any(dim=1).all()
+
+
 def test_a_fresh_start_works_in_avalanches_naive():
     torch.manual_seed(0)
     model = ExpandableNetwork(tiny_backbone, 3)
@@ -572,12 +604,28 @@ def test_bic_needs_its_classifier():
         naive.train(make_benchmark().train_stream[0])
 
 
-@pytest.mark.parametrize("options", [{"mem_size": 19}, {"exemplars_per_class": 1}])
-def test_bic_needs_two_exemplars_of_each_class_before_training(options):
+@pytest.mark.parametrize(
+    ("options", "good"),
+    [
+        ({"mem_size": 15}, False),
+        ({"mem_size": 16}, True),
+        ({"exemplars_per_class": 1}, False),
+        ({"mem_size": 10, "memory_rates": MemoryRates((0, 0, 1, 1, 0), 2, 6)}, True),
+        ({"mem_size": 10, "memory_rates": MemoryRates((0, 1, 1, 0, 1), 2, 6)}, False),
+    ],
+)
+def test_bic_needs_two_exemplars_of_each_old_class_before_training(options, good):
+    """Eight classes are old when the last experience begins."""
     trainer = make(BiC, **options)
+    stream = make_benchmark().train_stream
+    if good:
+        for experience in stream:
+            trainer.train(experience)
+        return
     before = tensors_of(trainer.model)
-    with pytest.raises(ValueError, match=r"mem_size: .*at least two exemplars of each class .*one"):
-        trainer.train(make_benchmark().train_stream[0])
+    message = r"mem_size: .*at least two exemplars of each old class .*got one"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(stream[0])
     assert_same_tensors(tensors_of(trainer.model), before)
 
 

@@ -299,6 +299,17 @@ def test_pruning_goes_on(event, n, save_between, fast, tmp_path, whole_runs):
     assert len(strategy.model.kept) == EXPERIENCES
 
 
+def test_a_state_within_an_experience_is_for_that_experience(tmp_path):
+    path = tmp_path / "run.pt"
+    interrupted(path, "before_training_epoch", 4)
+    strategy = resume(path)
+    before = tensors_of(strategy.model)
+    message = "experience: expected 1, within which the state was saved, got 2"
+    with pytest.raises(ValueError, match=message):
+        strategy.train(make_benchmark().train_stream[2])
+    assert_same_tensors(tensors_of(strategy.model), before)
+
+
 def test_goes_on_after_several_interruptions(tmp_path, whole_runs):
     path = tmp_path / "run.pt"
     interrupted(path, "before_training_epoch", 2)
@@ -558,6 +569,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_replaces_the_last_one(tmp_path, m
         raise OSError("no space")
     assert calls == ["flush", "to before.pt", "to state.pt", "flush"]
     assert [torch.load(tmp_path / f"{name}.pt")["epoch"] for name in ("before", "state")] == [1, 2]
+
+
+def test_a_file_that_cannot_be_written_says_why(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match="read-only"), written_whole(tmp_path / "file"):
+        pass
 
 
 def test_numbers_of_numpys_are_saved_as_numbers(tmp_path):

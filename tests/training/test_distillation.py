@@ -294,6 +294,17 @@ def test_new_proxies_are_imprinted_from_the_second_experience_on(api):
         assert matched == (n > 0)
 
 
+def test_classes_that_another_strategy_has_learned_are_not_imprinted():
+    model, before = network(CosineClassifier), Proxies()
+    stream = make_benchmark().train_stream
+    strategy = naive(model, ImprintingPlugin())
+    for experience in stream[:2]:
+        strategy.train(experience)
+    learned = model.classifier.weight.detach().clone()
+    naive(model, ImprintingPlugin(), before).train(stream[1])
+    assert torch.equal(before.network.classifier.weight, learned)
+
+
 def test_imprinting_goes_on_from_a_saved_state():
     model = network(CosineClassifier)
     stream = make_benchmark().train_stream

@@ -165,6 +165,16 @@ def test_weight_alignment_is_the_published_formula(blocks, n_new):
     assert torch.equal(head.bias, bias)
 
 
+def test_weights_that_are_all_zero_are_not_aligned():
+    head = GrowingLinear()
+    head.grow(5, 3)
+    with torch.no_grad():
+        head.weights[0][2:] = 0
+    before = head.weight.detach().clone()
+    assert align_weights(head, 1) == 1.0
+    assert torch.equal(head.weight, before)
+
+
 class Weights(SupervisedPlugin):
     """Keeps the classifier's weight as it is when training ends."""
 

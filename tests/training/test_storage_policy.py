@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks import benchmark_from_datasets, split_online_stream
 from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import ReplayPlugin
@@ -15,7 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.transforms import Compose, ToTensor
 
 from avalanche_memo.models import ExpandableNetwork
-from avalanche_memo.training import MEMORY_RATES, MemoryRates, Replay
+from avalanche_memo.training import MEMORY_RATES, MemoryRates, Replay, storage_policy
 from avalanche_memo.training.plugins import HerdingReplayPlugin
 from avalanche_memo.training.storage_policy import (
     HerdingBuffer,
@@ -71,6 +71,14 @@ def test_herding_order_takes_equal_samples_once():
 def test_herding_order_refuses(features, m, message):
     with pytest.raises(ValueError, match=message):
         herding_order(features, m)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_herding_refuses_features_that_are_not_finite(value):
+    features = torch.ones(4, 2)
+    features[1, 0] = value
+    with pytest.raises(FloatingPointError, match="features: expected finite numbers"):
+        herding_order(features, 2)
 
 
 # --- the buffer ---------------------------------------------------------------------------------
@@ -218,6 +226,36 @@ def test_rates_that_do_not_fit_the_stream_are_refused_before_training(rates, mes
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_rates_count_whole_experiences():
+    model = network()
+    rates = MemoryRates((0, 0.5, 0, 0, 0), 2, 9)
+    strategy = Replay(model=model, optimizer=sgd(model), memory_rates=rates, evaluator=silent())
+    stream = make_benchmark(per_class=9).train_stream
+    with pytest.raises(ValueError, match="rates: expected whole experiences, got a part of one"):
+        strategy.train(next(iter(split_online_stream(stream, experience_size=8))))
+
+
+def test_an_interrupted_choice_leaves_the_memory_as_it_was(monkeypatch):
+    stream = make_benchmark().train_stream
+    buffer = HerdingBuffer(6)
+    fill(buffer, stream[:1])
+    before = buffer.state_dict()["order"]
+    calls = iter([dataset_features])
+
+    def interrupted(*arguments):
+        try:
+            return next(calls)(*arguments)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(storage_policy, "dataset_features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        buffer.post_adapt(agent(), stream[1])
+    assert list(buffer.order) == list(before)
+    assert all(torch.equal(order, before[c]) for c, order in buffer.order.items())
+    assert len(buffer.besides(stream[1])) == 6
+
+
 def test_a_look_ahead_leaves_the_memory_as_it_was():
     buffer = HerdingBuffer(9)
     stream = make_benchmark().train_stream
@@ -352,12 +390,15 @@ def test_features_are_of_evaluation_mode_and_transforms_and_the_model_is_left_as
     assert replayed <= flipped
 
 
-def test_a_frozen_part_of_the_model_stays_in_evaluation_mode():
+@pytest.mark.parametrize("own", [False, True], ids=["by growth", "by the user"])
+def test_a_frozen_part_of_the_model_stays_in_evaluation_mode(own):
     """What Avalanche's own herding forgets: `train()` is the model's to define."""
     model = ExpandableNetwork(tiny_backbone, 2)
     model.grow([7, 2])
     model.grow([5, 0])
     model.train()
+    if own:
+        model.generalized.eval()
     modes = [m.training for m in model.modules()]
     fill(HerdingBuffer(10), make_benchmark().train_stream[:2], model)
     assert [m.training for m in model.modules()] == modes

@@ -22,7 +22,7 @@ from avalanche.training.plugins import (
 from avalanche.training.supervised import Naive
 from torch import nn
 
-from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.models import CosineClassifier, ExpandableNetwork
 from avalanche_memo.training import (
     DER,
     MEMO,
@@ -541,6 +541,47 @@ def test_an_interrupted_phase_leaves_nothing_behind(fast):
     strategy.train(stream[2])
     assert_same_tensors(tensors_of(newest), before)  # Frozen now.
     assert all(p.requires_grad for p in strategy.model.specialized[-1].parameters())
+
+
+def test_an_experience_interrupted_before_it_begins_leaves_nothing_behind():
+    class InterruptOnce(SupervisedPlugin):
+        armed = True
+
+        def before_training_exp(self, strategy, **kwargs):
+            if self.armed and strategy.clock.train_exp_counter:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    record = Record()
+    strategy = make(DER, 0, record, InterruptOnce(), train_epochs=2)
+    stream = make_benchmark().train_stream
+    strategy.train(stream[0])
+    with pytest.raises(KeyboardInterrupt):
+        strategy.train(stream[1])
+    assert strategy.train_epochs == 2
+    strategy.train(stream[1])
+    assert [phase.epochs for phase in strategy.later_phases] == [2, DER_CLASSIFIER.epochs]
+    assert strategy.clock.train_exp_epochs == 2 + DER_CLASSIFIER.epochs
+
+
+def test_what_growth_has_frozen_learns_where_the_classifier_starts_afresh():
+    second = SecondPhase()
+    torch.manual_seed(0)
+    model = ExpandableNetwork(tiny_backbone, 3, make_classifier=CosineClassifier)
+    phases = [Phase(1), Phase(1, reset_classifier=True)]
+    strategy = Replay(
+        model=model,
+        optimizer=sgd(model),
+        mem_size=20,
+        later_phases=phases,
+        plugins=[second],
+        evaluator=silent(),
+    )
+    for experience in make_benchmark().train_stream[:2]:
+        strategy.train(experience)
+    old = "classifier.weights.0"
+    assert old in second.learning
+    assert not torch.equal(tensors_of(model)[old], second.before[old])
 
 
 @pytest.mark.parametrize("reset", [True, False])

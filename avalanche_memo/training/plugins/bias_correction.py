@@ -73,8 +73,8 @@ class BiasCorrectionPlugin(SupervisedPlugin):
     :param held_out: the share, above 0 and below 1; at least one sample is held out.
     :raises ValueError: if the share is out of range; before training, if a phase is on the
         exemplars, of which some are held out, or the memory comes after this plugin, or has room
-        for less than two exemplars of each class of the stream; before an experience, if no
-        exemplars were added to the data, or a class has a single sample.
+        for less than two exemplars of each old class in an experience of the stream; before an
+        experience, if no exemplars were added to the data, or a class has a single sample.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a
         :class:`BiasCorrectedLinear`.
     """
@@ -105,10 +105,10 @@ class BiasCorrectionPlugin(SupervisedPlugin):
             raise ValueError(
                 "plugins: expected BiasCorrectionPlugin after HerdingReplayPlugin, got it before"
             )
-        if any(m.buffer.quota(m.n_classes(strategy), 0) < 2 for m in memories):
+        if any(memory.fewest_exemplars(strategy) < 2 for memory in memories):
             raise ValueError(
-                "mem_size: BiasCorrectionPlugin expected at least two exemplars of each class of "
-                "the stream, one of them to hold out, got one"
+                "mem_size: BiasCorrectionPlugin expected at least two exemplars of each old class "
+                "in each experience of the stream, one of them to hold out, got one"
             )
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
@@ -119,9 +119,12 @@ class BiasCorrectionPlugin(SupervisedPlugin):
         dataset = strategy.adapted_dataset
         targets = torch.as_tensor(list(dataset.targets))
         classes, counts = torch.unique(targets, return_counts=True)
-        new = set(experience_classes(strategy.experience))
-        if new.issuperset(classes.tolist()):
-            if set(strategy.model.classes) - new:
+        known = set(strategy.model.classes)
+        # An experience given again brings none.
+        newest = set(experience_classes(strategy.experience)) - known
+        newest = newest or set(strategy.model.new_classes)
+        if newest.issuperset(classes.tolist()):
+            if known - newest:
                 raise ValueError(
                     "experience: BiasCorrectionPlugin expected exemplars of old classes among the "
                     "data, got new data alone; put it after the plugin that adds them"

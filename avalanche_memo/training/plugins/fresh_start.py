@@ -33,6 +33,8 @@ class FreshStartPlugin(SupervisedPlugin):
         if getattr(strategy, "resume_from", None) is None:
             strategy.model.generalized.load_state_dict(self._first)
             strategy.model.classifier.reset_parameters()
+        # Growth may have frozen the older classes' part.
+        strategy.model.classifier.requires_grad_(True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the first weights."""

@@ -38,7 +38,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
         memory is left.
     :raises ValueError: if a number is below 1; before training, if the memory holds less than one
         exemplar for each class of the stream, or has too few rates for it, or rates by which it
-        would hold more than there is.
+        would hold more than there is, or rates and an online stream.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class HerdingReplayPlugin(SupervisedPlugin):
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check the memory against all classes of the stream, before anything is trained."""
         check_extractor(strategy.model)
+        if self.buffer.rates is not None and hasattr(strategy.experience, "origin_experience"):
+            raise ValueError("rates: expected whole experiences, got a part of one (online stream)")
         self.buffer.check(strategy.experience.dataset, self.n_classes(strategy))
         if self.buffer.rates is not None and not self.buffer.order:
             _check_rates(self.buffer, _stream(strategy.experience))
@@ -80,6 +82,20 @@ class HerdingReplayPlugin(SupervisedPlugin):
         experience = getattr(strategy.experience, "origin_experience", strategy.experience)
         classes = {c for e in _stream(experience) for c in experience_classes(e)}
         return len(classes | set(self.buffer.order))
+
+    def fewest_exemplars(self, strategy: Any) -> int:
+        """Return how many exemplars of a class there are at least when a later experience begins.
+
+        Of a stream whose length is not known, when its classes have been seen.
+        """
+        experience = getattr(strategy.experience, "origin_experience", strategy.experience)
+        seen: set[int] = set()
+        quotas = []
+        for number, other in enumerate(_stream(experience)):
+            if seen:
+                quotas.append(self.buffer.quota(len(seen), number - 1))
+            seen |= set(experience_classes(other))
+        return min(quotas, default=self.buffer.quota(self.n_classes(strategy), 0))
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Add the exemplars to the experience's data, which pass through their codec first."""
@@ -124,7 +140,8 @@ class HerdingReplayPlugin(SupervisedPlugin):
 
         iCaRL, algorithm 1, with the exemplars' features normalised first, and as in PyCIL without
         mirrored images, which PODNet's code averages in. ``None`` before there are exemplars.
-        Computed with the present model when first asked for after a change.
+        Computed with the present model when first asked for after a training step or a change of
+        the memory.
         """
         exemplars = self.buffer.buffer
         resized = self._means_of is not exemplars

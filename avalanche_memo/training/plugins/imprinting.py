@@ -24,16 +24,18 @@ class ImprintingPlugin(SupervisedPlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self._imprinted = 0
+        self._imprinted: int | None = None
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
         check_cosine_classifier(strategy.model, "ImprintingPlugin")
+        if self._imprinted is None:  # What the network knows already it has learned.
+            self._imprinted = len(strategy.model.growth)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Imprint, once per growth."""
         network, dataset = strategy.model, strategy.experience.dataset
-        if len(network.growth) > max(1, self._imprinted):
+        if len(network.growth) > max(1, self._imprinted or 0):
             features = dataset_features(network, dataset, strategy.device)
             targets = torch.as_tensor(list(dataset.targets), device=features.device)
             seed = int(torch.randint(2**31 - 1, ()))

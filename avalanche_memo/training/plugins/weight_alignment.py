@@ -19,12 +19,13 @@ def align_weights(classifier: GrowingLinear, n_new: int) -> float:
 
     :param classifier: weight ``[C, D]`` whose last ``n_new`` rows are the new classes; biases are
         left alone.
-    :param n_new: number of new classes; nothing happens where there is no old one.
+    :param n_new: number of new classes; nothing happens where there is no old one, or where the
+        new ones' weights are all 0.
     :return: the factor ``gamma = mean old norm / mean new norm``.
     """
     norms = classifier.weight.norm(dim=1)
     n_old = len(norms) - n_new
-    if n_old < 1 or n_new < 1:
+    if n_old < 1 or n_new < 1 or not norms[n_old:].any():
         return 1.0
     gamma = norms[:n_old].mean() / norms[n_old:].mean()
     classifier.scale_rows(torch.arange(n_old, len(norms), device=norms.device), gamma)
