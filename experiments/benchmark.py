@@ -394,8 +394,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        table = "\n".join([head, *map(row_text, rows), text]) + "\n"
-        write(options.out / "benchmark.md", table)
+        lines = ["# The fast path against plain training\n", head, *map(row_text, rows), text, ""]
+        write(options.out / "benchmark.md", "\n".join(lines))
         content = {"machine": machine, "rows": rows} | others
         write(options.out / "benchmark.json", json.dumps(content) + "\n")
 

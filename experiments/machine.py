@@ -29,8 +29,9 @@ def chip(device: torch.device) -> str:
 
 def describe(device: str) -> str:
     """Return the processor, the threads and the versions that a measurement was made with."""
+    threads = torch.get_num_threads()
     return (
-        f"{chip(torch.device(device))}, {torch.get_num_threads()} threads, "
+        f"{chip(torch.device(device))}, {threads} thread{'s' if threads > 1 else ''}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 

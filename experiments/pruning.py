@@ -138,12 +138,18 @@ def survival(config: Config, kept: Sequence[Sequence[Sequence[int]]]) -> dict[st
     }
 
 
+_HOW = """\
+Sum, mean and final are over the experiences: of all, of all, and the last. A layer is named by its
+stage, its block there and its place in that block. The schedules are in the runs' config.yaml."""
+
+
 def tables(reports: Sequence[dict[str, Any]]) -> str:
     """Return the reports as Markdown tables: all runs after the last experience, then each."""
     readouts = reports[0]["accuracy"]
     head = ["", *(f"{r.upper()} {what}, %" for r in readouts for what in ("average", "last"))]
     head += ["parameters, thousands", "kept, %", f"ms per image, batches of {BATCHES[-1]}"]
-    lines = ["After the last experience, beside a network without pruning:", ""]
+    lines = ["# Pruned networks", "", _HOW, ""]
+    lines += ["After the last experience, beside a network without pruning:", ""]
     lines += _table([*head, "of the unpruned, %"])
     for each in reports:
         accuracies = [100 * np.array(each["accuracy"][readout]) for readout in readouts]

@@ -89,7 +89,8 @@ def test_the_table_and_the_figure(finished, reported):
     assert f"| pruned | {' | '.join(f'{c:,.1f}' for c in cells)} |" in text
     assert "## der-whole" in text
     assert "## der-pruned" in text
-    rows = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in text.splitlines()[:6]}
+    before, _, _ = text.partition("## der-whole")
+    rows = {line.split(" | ")[0]: line.strip(" |").split(" | ") for line in before.splitlines()}
     last = report["experiences"][-1]
     kept = 100 * last["parameters"]["pruned"] / last["parameters"]["unpruned"]
     accuracies = [100 * sum(report["accuracy"][r]) / 3 for r in ("cnn", "nme")]
