@@ -191,7 +191,7 @@ def check_distinct(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """
     first: dict[str, str] = {}
     for run, config in configs.items():
-        other = first.setdefault(json.dumps(_resolved(config) | {"device": None}), run)
+        other = first.setdefault(json.dumps(_effective(config) | {"device": None}), run)
         if other != run:
             raise ValueError(f"expected different runs, got the same in {other} and {run}")
 
@@ -204,7 +204,7 @@ def group(runs: Mapping[str, Mapping[str, Any]], average: Sequence[str] = ("seed
     :return: groups by method, and by memory within a method.
     """
     methods = list(METHOD_NAMES)
-    configs = [_resolved(result["config"]) for result in runs.values()]
+    configs = [_effective(result["config"]) for result in runs.values()]
     for known in ([_without_images(config) for config in configs], configs):
         members: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
         for config, label, result in zip(
@@ -341,6 +341,17 @@ def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
         ]
     for name in ("run_folder", "against", "data_root"):
         options.pop(name, None)
+    return options
+
+
+def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two runs the same, without sizes of the memory that do not count."""
+    options = _resolved(config)
+    without = options["method"] in ("finetune", "joint")
+    if without or options["exemplars_per_class"] is not None:
+        options["mem_size"] = None
+    if without:
+        options["exemplars_per_class"] = None
     return options
 
 

@@ -167,9 +167,9 @@ class Config:
 
         :raises ValueError: if a value is outside its range.
         """
-        if self.method in self.against:
+        if self.method in self.against or len(set(self.against)) < len(self.against):
             raise ValueError(
-                f"against: expected methods other than {self.method}, got {self.against}"
+                f"against: expected methods other than {self.method}, each once, got {self.against}"
             )
         for name in ("seed", "class_order_seed", "lr", "weight_decay", "momentum"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -270,35 +270,56 @@ def from_options(options: dict[str, Any]) -> Config:
 def parse(arguments: Sequence[str] | None = None) -> Config:
     """Return the configuration of a command line: ``--config FILE``, ``--any.option value``.
 
-    ``--resume FOLDER`` takes the configuration that a run folder holds instead.
+    Options count more than the file, wherever they stand. ``--resume FOLDER`` takes the
+    configuration that a run folder holds instead.
     """
     parser = _Parser(prog="python -m experiments.run", description="Train class-incrementally.")
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_argument("--resume", metavar="FOLDER", help="continue the run of a folder")
     parser.add_class_arguments(Config, as_group=False)
     given = list(arguments if arguments is not None else sys.argv[1:])
-    namespace = parser.parse_args([*_with_phases_emptied(given)])
+    files, others = _config_apart(given)
+    if len(files) > 1:
+        parser.error(f"--config: expected one file, got {', '.join(files)}")
+    namespace = parser.parse_args(
+        [*(f"--config={file}" for file in files), *_with_wholes_emptied(others)]
+    )
     if namespace.resume is not None:
         stored = Path(namespace.resume) / "config.yaml"
         if not stored.exists():
             parser.error(
                 f"--resume: expected a run folder with a config.yaml, got {namespace.resume}"
             )
-        if len(given) > (1 if given[0].startswith("--resume=") else 2):
+        if given not in ([f"--resume={namespace.resume}"], ["--resume", namespace.resume]):
             parser.error(f"--resume: expected a folder and no further options, got {given}")
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
     return _config(parser, namespace)
 
 
-def _with_phases_emptied(arguments: Sequence[str]) -> Iterator[str]:
-    """Empty a list of phases before another is given.
+def _config_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the files of a command line, and its other arguments."""
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, is_one, value = argument.partition("=")
+        if name != "--config" or (file := value if is_one else next(rest, None)) is None:
+            others.append(argument)
+        else:
+            files.append(file)
+    return files, others
 
-    The parser would take what a new phase leaves out from the old one in its place.
+
+def _with_wholes_emptied(arguments: Sequence[str]) -> Iterator[str]:
+    """Empty a list of phases, or a compression, before another is given.
+
+    The parser would take what the new one leaves out from the old one in its place.
     """
+    empty = {"--first": "[]", "--later": "[]", "--compression": "null"}
     for argument in arguments:
         name = argument.partition("=")[0]
-        if name in ("--first", "--later"):
-            yield f"{name}=[]"
+        if name in empty:
+            yield f"{name}={empty[name]}"
         yield argument
 
 

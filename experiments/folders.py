@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from avalanche_memo.training.checkpoint import written_whole
 from experiments.building import data_digest
 from experiments.config import Config, from_options
+from experiments.kept_models import KeptModels
 
 __all__ = [
     "check_folder",
@@ -45,11 +47,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def claim(folder: Path, config: Config) -> None:
-    """Write the configuration into a new folder, or compare it with the one that is there."""
+    """Write the configuration into a new folder, or compare it with the one that is there.
+
+    The data may have moved since.
+    """
     check_folder(config)
     path = folder / "config.yaml"
     if not path.exists():
         config.save(path)
+    elif config.data_root not in (None, (stored := stored_config(folder)).data_root):
+        replace(stored, data_root=config.data_root).save(path)
     if (digest := data_digest(config)) is not None and not (folder / _DATA).exists():
         write(folder / _DATA, digest)
 
@@ -60,10 +67,17 @@ def check_folder(config: Config) -> None:
     :raises ValueError: if they differ.
     """
     folder, path = config.folder, config.folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run_folder: expected a folder, got the file {folder}")
     if not path.exists():
         return
     refuse_other("run_folder", folder, stored_config(folder).identity(), config.identity())
     refuse_other_data("run_folder", folder, config)
+    began = (folder / "checkpoint.pt").exists()
+    if config.keep_models and began and not KeptModels(folder).path(0, "first").exists():
+        raise ValueError(
+            f"keep_models: expected false for {folder}, a run that began without, got true"
+        )
 
 
 def stored_config(folder: Path) -> Config:

@@ -10,12 +10,23 @@ from typing import Any
 
 import torch
 
-__all__ = ["chip", "default_device", "describe", "in_new_process", "seconds"]
+__all__ = ["check_device", "chip", "default_device", "describe", "in_new_process", "seconds"]
 
 
 def default_device() -> str:
     """Return ``cuda`` where there is a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Check that a device is there.
+
+    :raises ValueError: if it is not.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected a device that is there, {error}") from None
 
 
 def chip(device: torch.device) -> str:

@@ -20,12 +20,13 @@ import torch
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training.checkpoint import Checkpoint
+from avalanche_memo.training.ranges import at_least_one
 from experiments.building import make_network
 from experiments.comparison import check_protocol
 from experiments.config import EXPANDING, Config
 from experiments.figures import new_figure, save_figure
-from experiments.folders import stored_config, write
-from experiments.machine import default_device, describe, seconds
+from experiments.folders import finished, stored_config, write
+from experiments.machine import check_device, default_device, describe, seconds
 
 __all__ = ["latency", "main", "report", "survival"]
 
@@ -91,7 +92,7 @@ def _read(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]]:
     config = stored_config(folder)
     if config.method not in EXPANDING:
         raise ValueError(f"folder: expected a run of DER or MEMO, got {config.method} in {folder}")
-    results = json.loads((folder / "results.json").read_text())
+    results = finished(folder) or json.loads((folder / "results.json").read_text())
     state, refused = Checkpoint(folder / "checkpoint.pt", config.fingerprint()).load()
     structure = {"growth": []} if state is None else state["model"]["_extra_state"]
     if len(structure["growth"]) < len(results["classes"]):
@@ -270,6 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default=default_device())
     options = parser.parse_args(arguments)
     try:
+        at_least_one("rounds", options.rounds)
+        check_device(options.device)
         _check_alike(options.folders)
         reports = report(options.folders, options.device, options.rounds)
     except ValueError as error:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -27,6 +27,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.data import DataLoader
 
+from avalanche_memo.training import Phase
 from experiments.building import data_root
 from experiments.comparison import Spread
 from experiments.config import METHOD_NAMES, Config, parse
@@ -41,6 +42,14 @@ METHODS = ("memo", "icarl", "wa", "replay")
 """Methods that both train in one phase."""
 
 READOUTS = ("cnn", "nme")
+
+_TOLD = {
+    *("method", "against", "benchmark", "data_root", "base", "increment", "classes"),
+    *("class_order_seed", "backbone", "mem_size", "exemplars_per_class", "train_generalized"),
+    *("auxiliary_weight", "batch_size", "lr", "weight_decay", "first", "later", "seed"),
+    *("device", "fast", "keep_models", "run_folder"),
+}
+"""Options that the released code is told, or that change nothing that is learned."""
 
 _CONFIG = Path(__file__).parent / "configs" / "released_cifar100.yaml"
 
@@ -66,7 +75,16 @@ def released_settings(config: Config) -> dict[str, Any]:
     ):
         if not good:
             raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)}")
-    (first,), (later,) = config.first, config.later
+    usual = Config(method=config.method, against=[])
+    for name in (each.name for each in fields(Config) if each.name not in _TOLD):
+        if getattr(config, name) != getattr(usual, name):
+            raise ValueError(
+                f"{name}: expected {getattr(usual, name)}, which the released code has, "
+                f"got {getattr(config, name)}"
+            )
+    (first,), (later,) = [
+        [_full(phase, config) for phase in phases] for phases in (config.first, config.later)
+    ]
     return {
         "dataset": config.benchmark,
         "model_name": config.method,
@@ -99,6 +117,20 @@ def released_settings(config: Config) -> dict[str, Any]:
         "debug": False,
         "skip": False,
     }
+
+
+def _full(phase: Phase, config: Config) -> Phase:
+    """Return a phase with the rates that it takes from the configuration.
+
+    :raises ValueError: if it has more than epochs, rates and milestones.
+    """
+    lr = config.lr if phase.lr is None else phase.lr
+    decay = config.weight_decay if phase.weight_decay is None else phase.weight_decay
+    full = replace(phase, lr=lr, weight_decay=decay)
+    told = Phase(phase.epochs, lr, decay, milestones=phase.milestones, gamma=phase.gamma)
+    if full != told:
+        raise ValueError(f"first, later: expected epochs, rates and milestones alone, got {phase}")
+    return full
 
 
 def run_released(clone: Path, config: Config) -> _Accuracy:
@@ -236,6 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, further = parser.parse_known_args(arguments)
     protocol = parse(["--config", str(options.config), *further])
     try:
+        if protocol.run_folder is not None:
+            raise ValueError(
+                f"run_folder: expected none, each run has its own, got {protocol.run_folder}"
+            )
         for method in options.methods:
             module = options.clone / "models" / f"{method}.py"
             if not module.exists():
@@ -257,7 +293,12 @@ def _compare(options: argparse.Namespace, protocol: Config) -> None:
         refuse_other("out", options.out, content["config"], own)
     content["machine"] = describe("cpu")
     commits = content.setdefault("commits", {})
-    commits |= dict.fromkeys(options.methods, _commit(options.clone))
+    for method in options.methods:
+        if commits.setdefault(method, own_commit := _commit(options.clone)) != own_commit:
+            raise ValueError(
+                f"clone: expected commit {commits[method]}, of which {path} has runs, "
+                f"got {own_commit}"
+            )
     options.out.mkdir(parents=True, exist_ok=True)
     sides = {"released": partial(in_new_process, run_released, options.clone), "ours": run_ours}
     for seed in options.seeds:

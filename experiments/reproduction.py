@@ -53,6 +53,9 @@ class _Row:
     @classmethod
     def of(cls, row: Mapping[str, Any], base: Path) -> "_Row":
         _keys("rows", row, _ROW)
+        for name, kind, what in (("published", dict, "a mapping"), ("runs", list, "a list")):
+            if not isinstance(row[name], kind):
+                raise ValueError(f"{name}: expected {what}, got {row[name]}")
         if unknown := set(row["published"]).difference(_PUBLISHED):
             raise ValueError(f"published: expected some of {', '.join(_PUBLISHED)}, got {unknown}")
         runs, unfinished = read([base / run for run in row["runs"]])

@@ -47,7 +47,7 @@ from experiments.folders import (
     write,
 )
 from experiments.kept_models import KeptModels
-from experiments.machine import chip
+from experiments.machine import check_device, chip
 from experiments.progress import ProgressBar
 
 __all__ = ["budget_bytes", "check", "main", "run"]
@@ -69,15 +69,14 @@ def run(config: Config) -> dict[str, Any]:
         return finished(folder) or _train(config, folder)
 
 
-def check(config: Config) -> None:
+def check(config: Config) -> list[int]:
     """Build all that a run needs and train nothing.
 
+    :return: the number of classes of each experience.
     :raises ValueError: if a run of the configuration would stop before its first step.
     """
-    try:
-        torch.empty(0, device=None if config.device == "auto" else config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected auto or a device that is there, {error}") from None
+    if config.device != "auto":
+        check_device(config.device)
     if config.start_from is not None and not (config.folder / "checkpoint.pt").exists():
         if config.keep_models:
             raise ValueError(
@@ -104,6 +103,7 @@ def check(config: Config) -> None:
     strategy.experience = train[0]
     for plugin in strategy.plugins:  # The memory compares its size with the stream.
         plugin.before_train_dataset_adaptation(strategy)
+    return [len(experience.classes_in_this_experience) for experience in train]
 
 
 def _train(config: Config, folder: Path) -> dict[str, Any]:
@@ -353,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configs = [config]
     for method in config.against:
         # A folder of its own: named after the method, or beside the one that was given.
-        folder = config.run_folder and f"{config.run_folder}-{method}"
+        folder = config.run_folder and f"{Path(config.run_folder)}-{method}"
         own: dict[str, Any] = {"shared_stages": None, "start_from": None, "run_folder": folder}
         if method not in EXPANDING:
             own |= {"sparsity_weight": 0.0, "train_generalized": True}

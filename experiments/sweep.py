@@ -44,7 +44,7 @@ from typing import Any
 import torch
 import yaml
 
-from experiments.building import data_root
+from experiments.building import data_digest, data_root
 from experiments.comparison import check_distinct, check_protocol
 from experiments.config import Config, from_options, nearest
 from experiments.folders import check_folder, finished
@@ -151,31 +151,51 @@ def check_runs(sweep: Sweep) -> None:
     """Check what the runs themselves would find before they train.
 
     :raises ValueError: if a run would stop before its first step, or its folder holds a run of
-        another configuration.
+        another configuration; if runs that would be reported together learn other experiences or
+        other data.
     """
-    built: set[str] = set()
+    built: dict[str, list[int]] = {}
+    steps: dict[str, list[int]] = {}
     for name, config in sweep.runs.items():
         try:
             check_folder(config)
-            apart_from_seed = config.identity() | {"seed": 0, "start_from": config.start_from}
-            if (key := json.dumps(apart_from_seed)) not in built:
-                check(config)
-                built.add(key)
+            own = {"seed": 0, "start_from": config.start_from, "data_root": config.data_root}
+            if (key := json.dumps(config.identity() | own)) not in built:
+                built[key] = check(config)
+            steps[name] = built[key]
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{name}: {error}") from None
+    for members in sweep.protocols.values():
+        first = next(iter(members))
+        for name in members:
+            if steps[name] != steps[first]:
+                raise ValueError(
+                    "axes: expected runs of the same experiences, got classes per experience of "
+                    f"{steps[first]} in {first} and {steps[name]} in {name}; an axis called "
+                    f"{_PROTOCOL} sets them apart"
+                )
+        plain = {name: c.identity() | {"data": data_digest(c)} for name, c in members.items()}
+        check_protocol(plain, sweep.allow, sweep.average)
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that comes twice, of which YAML's own loader keeps the second."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Later, when it is constructed, a mapping has what it merges, too.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(
                     f"{key}: expected once in a mapping, got it twice{node.start_mark}"
                 )
-        return super().construct_mapping(node, deep)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        # Else what a merged mapping has merged itself would win over its own.
+        node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
 
 
 # Axis -> name of a point -> what it sets, perhaps by points of other axes.
@@ -265,11 +285,18 @@ def _chosen(point: Any, names: set[str]) -> dict[str, Any] | None:
     if point is None:
         return None
     options = {key: value for key, value in point.items() if key in _OPTIONS}
+    set_within: dict[str, Any] = {}
     for key, value in point.items():
         if str(key) in names:
             inner = _chosen(value, names)
             if inner is None:
                 return None
+            if twice := sorted(inner.keys() & set_within.keys()):
+                raise ValueError(
+                    f"{twice[0]}: expected one point of {sorted(map(str, point))} to set it, got "
+                    f"{set_within[twice[0]]} and {key}"
+                )
+            set_within |= dict.fromkeys(inner, key)
             options |= inner
     return options
 
@@ -378,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("\n".join(sweep.runs))
             return
         failed = run_all(sweep, options.address, options.cpus)
-    except (ValueError, FileNotFoundError, yaml.YAMLError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         parser.error(str(error))
     for folder, members in sweep.protocols.items():
         # Not whatever else is in the folder, such as runs of a sweep that has been changed since.

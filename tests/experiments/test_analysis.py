@@ -1,4 +1,5 @@
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -6,8 +7,8 @@ import pytest
 import torch
 
 from avalanche_memo.benchmarks import split_digits
-from experiments.analysis import analyse, main
-from experiments.config import parse
+from experiments.analysis import analyse, cka_figure, main
+from experiments.config import Config, parse
 from experiments.kept_models import KeptModels
 from experiments.run import run
 
@@ -108,3 +109,44 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
     assert "RUN_FOLDER: expected a run folder with a config.yaml" in capsys.readouterr().err
+
+
+def test_models_of_an_experience_are_not_mixed_up(tmp_path, monkeypatch):
+    phases = ['--first=[{"epochs": 2}]', '--later=[{"epochs": 2}]', "--classes=4"]
+    run(parse([*phases, "--against=[]", "--keep_models=true", f"--run_folder={tmp_path}"]))
+    given, looked_at = [], []
+
+    def gradients(network, batches):
+        given.append(network.state_dict())
+        return {}
+
+    def features(network, images):
+        looked_at.append((network.training, network.state_dict()))
+        return {"1.0": torch.eye(3)}
+
+    monkeypatch.setattr("experiments.analysis.block_gradients", gradients)
+    monkeypatch.setattr("experiments.analysis._features", features)
+    analyse(tmp_path, images=10)
+    kept = {
+        place: KeptModels(tmp_path).load(*place)["model"]
+        for place in product((0, 1), ("first", "last"))
+    }
+
+    def same(a, b):
+        return all(torch.equal(a[k], v) for k, v in b.items() if isinstance(v, torch.Tensor))
+
+    assert all(same(state, kept[place]) for state, place in zip(given, kept, strict=True))
+    assert all(same(state, kept[i, "last"]) for i, (_, state) in enumerate(looked_at))
+    assert [training for training, _ in looked_at] == [False, False]
+
+
+def test_the_similarity_figure_shows_the_right_pairs(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("experiments.analysis.save_figure", lambda figure, _: drawn.append(figure))
+    cka = {"1.0": [[1, 0.2], [0.2, 1]], "3.1": [[1, 0.7], [0.7, 1]]}
+    rows = [dict.fromkeys(cka, 1.0)] * 2
+    config = Config(against=[]).identity()
+    cka_figure({"config": config, "cka": cka, "gradient_norm": {"last": rows}}, tmp_path / "a.png")
+    matrix, lines, *_ = drawn[0].axes
+    assert matrix.images[0].get_array().tolist() == [[1, 0.2], [0.7, 1]]
+    assert list(lines.get_lines()[0].get_ydata()) == [0.2, 0.7]

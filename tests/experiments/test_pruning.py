@@ -9,7 +9,7 @@ import torch
 from avalanche_memo.models import ExpandableNetwork, cifar_resnet
 from experiments.building import make_network
 from experiments.config import parse
-from experiments.pruning import draw, main, report, survival
+from experiments.pruning import draw, latency, main, report, survival, tables
 from experiments.run import run
 
 ARGUMENTS = [
@@ -115,6 +115,16 @@ def test_the_measured_network_has_the_runs_structure(finished):
     assert len(survival(config, network.kept)) == len(network.masks())
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--rounds=0", "rounds: expected"), ("--device=gpuu", "device: expected a device that is")],
+)
+def test_refuses_what_cannot_be_measured(finished, tmp_path, capsys, option, message):
+    with pytest.raises(SystemExit):
+        main([str(finished), "--out", str(tmp_path / "out"), option])
+    assert message in capsys.readouterr().err
+
+
 def test_refuses_what_cannot_be_pruned(finished, tmp_path, capsys):
     single = tmp_path / "single"
     shutil.copytree(finished, single)
@@ -194,3 +204,48 @@ def test_runs_that_came_to_different_experiences_are_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"folders: expected .* equally many .*, got 1 in one, 2"):
         report(list(done), "cpu", 1)
+
+
+def pruned_report():
+    rows = [
+        {
+            "parameters": {"pruned": 1000 * n, "unpruned": 2000 * n},
+            "latency": {
+                batch: {"pruned": [0.001, 0.002, 0.004], "unpruned": [0.002, 0.005, 0.006]}
+                for batch in (1, 128)
+            },
+        }
+        for n in (1, 2)
+    ]
+    return {
+        "run": "der",
+        "accuracy": {"cnn": [0.9, 0.5]},
+        "experiences": rows,
+        "survival": {"0.0": [0.25, 0.5]},
+        "machine": "a CPU",
+    }
+
+
+def test_the_tables_of_a_pruned_run():
+    text = tables([pruned_report()])
+    assert "| der | 70.00 | 50.00 | 2.0 | 50.0 | 2 | 40 |" in text
+    assert "| accuracy (CNN), % | 90.00 | 50.00 |  | 70.00 | 50.00 |" in text
+    assert "| 1 | pruned | 2 (1 to 4) | 2 (1 to 4) |" in text
+    assert "| 0.0 | 25 | 50 |" in text
+
+
+def test_latency_has_the_quantiles_it_says(monkeypatch):
+    times = iter([99, 99, *range(11)])
+    monkeypatch.setattr("experiments.pruning.seconds", lambda *_: next(times))
+    assert latency({(0, "pruned"): print}, torch.zeros(1), 11) == {(0, "pruned"): [1, 5, 9]}
+
+
+def test_an_older_checkpoint_than_the_results_is_refused(tmp_path, capsys):
+    folder = tmp_path / "der"
+    options = ["--method=der", "--against=[]", "--classes=4", '--first=[{"epochs": 1}]']
+    run(parse([*options, '--later=[{"epochs": 1}]', f"--run_folder={folder}"]))
+    (folder / "first_experience.pt").replace(folder / "checkpoint.pt")
+    (folder / "checkpoint.pt.previous").unlink()
+    with pytest.raises(SystemExit):
+        main([str(folder), "--out", str(tmp_path / "out")])
+    assert "expected a checkpoint of the last experience" in capsys.readouterr().err

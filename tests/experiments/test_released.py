@@ -132,6 +132,9 @@ def test_settings_have_the_released_names():
         ({"base": 50}, "base: expected 0, got 50"),
         ({"backbone": "convnet2"}, "backbone: expected resnet14 .*, got convnet2"),
         ({"later": [Phase(1), Phase(1)]}, "later: expected one phase, got"),
+        ({"samples_per_class": 100}, "samples_per_class: expected None, which .*, got 100"),
+        ({"momentum": 0.5}, "momentum: expected 0.9, which .*, got 0.5"),
+        ({"first": [Phase(1, cosine=True)]}, "expected epochs, rates and milestones alone, got"),
     ],
 )
 def test_what_the_released_code_cannot_train_is_refused(change, message):
@@ -190,5 +193,30 @@ def test_finished_runs_are_kept_and_not_repeated(clone, tmp_path, monkeypatch, c
         main([*command, "--classes", "20"])
     assert "classes: 30 there, 20 here" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        main([*command, "--run_folder", str(tmp_path / "run")])
+    assert "run_folder: expected none" in capsys.readouterr().err
+    monkeypatch.setattr(released, "_commit", lambda clone: "abc")
+    with pytest.raises(SystemExit):
+        main([*command, "--seeds", "3"])
+    assert "clone: expected commit unknown, of which" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main([*command, "--clases", "20"])
     assert "the nearest known key is 'classes'" in capsys.readouterr().err
+
+
+def test_settings_of_both_phases_have_the_released_names():
+    first = Phase(3, lr=0.1, weight_decay=5e-4, milestones=(1, 2), gamma=0.2)
+    later = Phase(2, lr=0.3, weight_decay=1e-3, milestones=(1,), gamma=0.5)
+    config = replace(
+        PROTOCOL, first=[first], later=[later], batch_size=17, auxiliary_weight=0.5, mem_size=600
+    )
+    found = released_settings(config)
+    assert (found["init_lr"], found["lrate"]) == (0.1, 0.3)
+    assert (found["init_lr_decay"], found["lrate_decay"]) == (0.2, 0.5)
+    assert (found["init_milestones"], found["milestones"]) == ([1, 2], [1])
+    assert (found["batch_size"], found["alpha_aux"]) == (17, 0.5)
+    assert (found["memory_per_class"], found["fixed_memory"]) == (None, False)
+    usual = released_settings(replace(config, first=[Phase(3)], lr=0.7, weight_decay=0.01))
+    assert (usual["init_lr"], usual["init_weight_decay"]) == (0.7, 0.01)
+    fixed = released_settings(replace(config, exemplars_per_class=20))
+    assert (fixed["memory_per_class"], fixed["fixed_memory"]) == (20, True)

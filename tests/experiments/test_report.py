@@ -16,6 +16,7 @@ import torch
 from avalanche_memo.budget import parameter_bytes
 from avalanche_memo.models import convnet2
 from avalanche_memo.training import Compression, MemoryRates, Phase
+from experiments import run as run_module
 from experiments.building import make_network
 from experiments.comparison import (
     Spread,
@@ -32,6 +33,8 @@ from experiments.config import METHOD_NAMES, Config
 from experiments.figures import (
     _styles,
     accuracy_curves,
+    accuracy_figure,
+    accuracy_table,
     confusion_matrices,
     memory_bars,
     memory_curves,
@@ -261,6 +264,24 @@ def test_a_run_that_occurs_twice_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the same in .*a and .*b"):
         report([tmp_path], tmp_path / "out")
     check_distinct({"a": PLAIN.identity(), "b": replace(PLAIN, seed=5).identity()})
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"method": "finetune"}, True),
+        ({"method": "joint"}, True),
+        ({"exemplars_per_class": 20}, True),
+        ({}, False),
+    ],
+)
+def test_a_size_of_the_memory_that_does_not_count_tells_no_runs_apart(options, same):
+    runs = {f"{n}": replace(PLAIN, mem_size=n, **options).identity() for n in (100, 200)}
+    if same:
+        with pytest.raises(ValueError, match="expected different runs, got the same in 100 and 20"):
+            check_distinct(runs)
+    else:
+        check_distinct(runs)
 
 
 def test_unfinished_runs_are_left_out_with_a_line(tmp_path):
@@ -646,3 +667,120 @@ def test_runs_without_confusion_counts_are_reported_without_the_matrix(tmp_path)
     assert "MEMO, resnet8, 200 exemplars: no confusion matrix" in page
     assert "confusion-1" not in page
     assert "No area under accuracy" in page
+
+
+def cnn(**change):
+    readout = {"accuracy": [1.0, 0.5], "average": 0.75, "last": 0.5}
+    return readout | {"forgetting_rate": [0.0, 0.5]} | change
+
+
+def test_a_group_has_the_readouts_of_all_its_runs(tmp_path):
+    make_run(tmp_path / "1", replace(PLAIN, seed=1), nme=cnn())
+    make_run(tmp_path / "2", replace(PLAIN, seed=2))
+    [own] = groups_of(tmp_path)
+    assert own.readouts == ["cnn"]
+
+
+def test_forgetting_and_memory_are_those_after_the_last_experience(tmp_path):
+    sizes = [{"parameter_bytes": n * MEGABYTE, "exemplar_bytes": 3 * n * MEGABYTE} for n in (1, 2)]
+    make_run(tmp_path / "1", cnn=cnn(forgetting_rate=[0.4, 0.1]), bytes=sizes)
+    [own] = groups_of(tmp_path)
+    assert own.percent("cnn", "forgetting_rate").mean == pytest.approx(10)
+    assert (own.megabytes("parameter"), own.megabytes("exemplar")) == (2, 6)
+
+
+def test_only_the_protocol_and_the_seed_can_be_averaged_over():
+    with pytest.raises(ValueError, match=r"average: expected some of .*, got mem_size"):
+        check_protocol({"a": PLAIN.identity()}, average=["mem_size"])
+
+
+def test_a_shorter_curve_lies_by_the_budget_nearest_by_ratio(tmp_path):
+    points(tmp_path, "memo", 1, 7)
+    points(tmp_path, "replay", 2.8)  # 3.8 MB: 1.9 times 2 MB, but 8 MB is 2.1 times as much.
+    found = budgets(curves(groups_of(tmp_path)))
+    assert [[own.method for own in budget] for budget in found] == [["MEMO", "Replay"], ["MEMO"]]
+
+
+def test_groups_of_a_method_stay_together_by_label(tmp_path):
+    for i, (fast, size) in enumerate([(True, 1), (False, 2), (True, 3), (False, 4)]):
+        config = replace(PLAIN, fast=fast, mem_size=100 + size)
+        make_run(tmp_path / f"{i}", config, exemplars=size * MEGABYTE)
+    found = [own.method for own in groups_of(tmp_path)]
+    assert found == ["MEMO, fast false"] * 2 + ["MEMO, fast true"] * 2
+
+
+def test_areas_of_as_many_but_other_seeds_are_of_the_means(tmp_path):
+    points(tmp_path, "memo", 1, seeds=(1, 2))
+    config = replace(PLAIN, mem_size=101)
+    for seed in (2, 3):
+        make_run(tmp_path / f"large-{seed}", replace(config, seed=seed), exemplars=2 * MEGABYTE)
+    [curve] = curves(groups_of(tmp_path)).values()
+    assert areas(curve, "cnn", "last").deviation is None
+    assert areas([curve[0], curve[0], curve[1]], "cnn", "last") is None
+
+
+def test_a_group_with_one_run_of_no_confusion_counts_has_no_matrix(tmp_path):
+    make_run(tmp_path / "runs" / "1", replace(PLAIN, seed=1), cnn=cnn())
+    make_run(tmp_path / "runs" / "2", replace(PLAIN, seed=2))
+    page = report([tmp_path / "runs"], tmp_path / "out").read_text()
+    assert "no confusion matrix" in page
+    assert "confusion-1" not in page
+
+
+def test_a_table_with_spreads_has_one_decimal(tmp_path):
+    points(tmp_path / "runs", "memo", 1, seeds=(1, 2))
+    points(tmp_path / "runs", "replay", 1)
+    report([tmp_path / "runs"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    steps = text[text.index("## Accuracy after each") : text.index("## Settings")]
+    assert "| 52.5 ± 3.5 |" in steps
+    assert "  50.0 |" in steps
+
+
+def test_the_runs_table_has_the_last_memory_and_all_minutes(tmp_path):
+    sizes = [{"parameter_bytes": n * MEGABYTE, "exemplar_bytes": 3 * n * MEGABYTE} for n in (1, 2)]
+    seconds = {"train": [60.0, 120.0], "eval": [30.0, 30.0]}
+    folder = make_run(
+        tmp_path / "a", cnn=cnn(forgetting_rate=[0.0, 0.25]), bytes=sizes, seconds=seconds
+    )
+    row = accuracy_table([json.loads((folder / "results.json").read_text())]).splitlines()[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[3:] == ["75.00", "50.00", "25.00", "2.00", "6.00", "4.0"]
+
+
+def test_the_runs_figure_is_over_classes_seen_in_percent(tmp_path, monkeypatch):
+    results = json.loads((make_run(tmp_path / "a") / "results.json").read_text())
+    results["classes"] = [[0, 1], [2]]
+    drawn = []
+    monkeypatch.setattr("experiments.figures.save_figure", lambda figure, _: drawn.append(figure))
+    accuracy_figure([results], tmp_path / "figure.png")
+    [line] = drawn[0].axes[0].get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 3], [100, 50])
+
+
+def test_lines_divide_the_experiences_of_a_confusion_matrix(tmp_path):
+    counts = [[1] * 3] * 3
+    make_run(tmp_path / "a", classes=[[0], [1, 2]], cnn=cnn(confusion=counts))
+    [own] = groups_of(tmp_path)
+    lines = confusion_matrices(own).axes[0].get_lines()
+    assert [next(iter(line.get_ydata())) for line in lines[::2]] == [0.5]
+
+
+def test_a_balanced_phase_in_which_all_learns_is_of_the_protocol():
+    der = replace(PLAIN, method="der", later=[*PLAIN.later, Phase(3, data="balanced")])
+    with pytest.raises(ValueError, match="later: "):
+        check_protocol({"memo": PLAIN.identity(), "der": der.identity()})
+
+
+def test_confusion_is_in_percent_of_a_rows_samples(tmp_path):
+    make_run(tmp_path / "a", cnn=cnn(confusion=[[4, 0], [6, 10]]))
+    image = confusion_matrices(groups_of(tmp_path)[0]).axes[0].images[0].get_array()
+    assert image.tolist() == [[100, 0], [37.5, 62.5]]
+
+
+def test_finished_runs_are_not_checked_again(tmp_path, monkeypatch, capsys):
+    folder = make_run(tmp_path / "a")
+    monkeypatch.setattr(run_module, "check", lambda config: pytest.fail("it has finished"))
+    monkeypatch.setattr(run_module, "data_digest", lambda config: None)
+    run_module.main(["--resume", str(folder)])
+    assert "| MEMO (CNN)" in capsys.readouterr().out

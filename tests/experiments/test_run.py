@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -32,9 +33,10 @@ from avalanche_memo.training import (
 from avalanche_memo.training.checkpoint import Checkpoint
 from avalanche_memo.training.plugins import SoftmaxDistillationPlugin
 from experiments import run as module
-from experiments.building import data_digest, make_benchmark, make_network
+from experiments.building import data_digest, data_root, make_benchmark, make_network
 from experiments.config import Config, from_options, parse
 from experiments.figures import accuracy_figure, accuracy_table
+from experiments.folders import refuse_other, refuse_other_data, stored_config
 from experiments.progress import ProgressBar
 from experiments.run import check, main, run
 
@@ -244,6 +246,9 @@ def test_a_folder_of_a_run_on_other_data_is_refused(two_data_sets, monkeypatch):
     monkeypatch.setattr(module, "_train", lambda config, folder: {})
     run(config("one"))
     run(config("moved"))
+    assert stored_config(two_data_sets / "run").data_root == str(two_data_sets / "moved")
+    run(replace(config("moved"), data_root=str(two_data_sets / "one")))
+    run(config("moved"))
     for name in ("names", "numbers"):
         with pytest.raises(ValueError, match=r"run_folder: .* other data \(12 files of 2 classes"):
             run(config(name))
@@ -255,6 +260,27 @@ def test_a_folder_of_a_run_on_other_data_is_refused(two_data_sets, monkeypatch):
     unnamed = replace(config("names"), data_root=None)
     assert data_digest(unnamed) == data_digest(config("one"))
     assert len(make_benchmark(unnamed).train_stream) == 2
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(SystemExit, match="run_folder: expected a folder, got the file"):
+        main([*SHORT, "--run_folder", str(tmp_path / "run")])
+
+
+def test_models_are_kept_from_the_beginning_or_not_at_all(finished):
+    with pytest.raises(ValueError, match=r"keep_models: expected false for .*got true"):
+        run(short(finished, keep_models=True))
+
+
+def test_what_a_method_cannot_train_is_found_before_another_is_trained(tmp_path):
+    exemplars = (
+        '--later=[{"epochs": 1}, {"epochs": 1, "learns": "classifier", "data": "exemplars"}]'
+    )
+    options = ["--method=podnet", "--proxies=2", "--classes=4", "--against=[bic]", exemplars]
+    with pytest.raises(SystemExit, match="data: BiasCorrectionPlugin expected phases on 'all'"):
+        main([*options, "--run_folder", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_run_folder_is_refused_by_name(tmp_path):
@@ -277,8 +303,8 @@ def test_a_damaged_run_folder_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mem_size=11", "--against=[bic]", "--method=replay"], "mem_size: .*two exemplars"),
-        (["--device=gpuu"], "device: expected auto or a device that is there, .*gpuu"),
+        (["--mem_size=7", "--against=[bic]", "--method=replay"], "mem_size: .*two exemplars"),
+        (["--device=gpuu"], "device: expected a device that is there, .*gpuu"),
         (["--backbone=convnet4"], r"backbone: .* images of shape \(1, 8, 8\), got convnet4"),
         (["--backbone=imagenet_resnet10"], r"backbone: .*\(1, 8, 8\), got imagenet_resnet10"),
         (
@@ -366,6 +392,23 @@ def test_phases_of_the_command_line_take_nothing_from_those_of_the_file(option):
     assert parse([*file, *option]).first == parse(file).first
 
 
+def test_options_count_more_than_the_file_wherever_they_stand(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("mem_size: 50\ncompression: {codec: jpeg, quality: 90}\n")
+    for file in (["--config", str(path)], [f"--config={path}"]):
+        assert parse([*file, "--mem_size=60"]).mem_size == 60
+        assert parse(["--mem_size", "60", *file]).mem_size == 60
+        assert parse([*file, "--seed=2"]).mem_size == 50
+    # What a compression leaves out is as by default, not as in the file.
+    assert parse([*file, '--compression={"codec": "webp"}']).compression == Compression("webp")
+    assert parse([*file, "--compression.quality=60"]).compression == Compression("jpeg", 60)
+    with pytest.raises(SystemExit):
+        parse([*file, *file])
+    assert f"--config: expected one file, got {path}, {path}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--config"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -389,9 +432,11 @@ def test_unknown_configuration_is_refused(arguments, message, capsys):
 def test_a_run_goes_on_with_no_further_options(finished, capsys):
     for resume in (["--resume", str(finished)], [f"--resume={finished}"]):
         assert parse(resume).folder == finished
-        with pytest.raises(SystemExit):
-            parse([*resume, "--seed=77"])
-        assert "--resume: expected a folder and no further options" in capsys.readouterr().err
+        for further in ([*resume, "--seed=77"], ["--seed=77", *resume]):
+            with pytest.raises(SystemExit):
+                parse(further)
+            message = "--resume: expected a folder and no further options"
+            assert message in capsys.readouterr().err
 
 
 def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
@@ -436,7 +481,7 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
         ({"sparsity_weight": 1.0, "attention": "cbam"}, ValueError, "backbone: .* no attention"),
         ({"method": "icarl", "kd_temperature": 0.0}, ValueError, "temperature: .* a positive"),
         ({"method": "wa", "kd_weight": -1.0}, ValueError, "^kd_weight: expected a number of"),
-        ({"method": "bic", "mem_size": 11}, ValueError, "mem_size: .*at least two exemplars of"),
+        ({"method": "bic", "mem_size": 7}, ValueError, "mem_size: .*at least two exemplars of"),
         ({"method": "joint", "shared_stages": 1}, ValueError, "Joint expected a network with"),
         ({"increment": 4}, ValueError, "increment: expected a divisor"),
         ({"benchmark": "cifar100", "data_root": "nowhere"}, FileNotFoundError, "download=True"),
@@ -499,10 +544,12 @@ def test_methods_run_against_one_that_expands_have_none_of_its_options(
     monkeypatch.setattr("experiments.run.run", lambda config: weights.append(config) or {})
     monkeypatch.setattr("experiments.run.accuracy_figure", lambda *_: None)
     monkeypatch.setattr("experiments.run.accuracy_table", lambda _: "")
-    options = ["--sparsity_weight=1", "--train_generalized=false", f"--run_folder={tmp_path}"]
+    options = ["--sparsity_weight=1", "--train_generalized=false", f"--run_folder={tmp_path}/"]
     main(["--method=der", "--against=[memo,wa]", *options])
     assert [config.sparsity_weight for config in weights] == [1.0, 1.0, 0.0]
     assert [config.train_generalized for config in weights] == [False, False, True]
+    beside = [tmp_path.with_name(f"{tmp_path.name}-{method}") for method in ("memo", "wa")]
+    assert [config.folder for config in weights] == [tmp_path, *beside]
 
 
 PODNET = [
@@ -522,6 +569,7 @@ def test_podnet_and_its_variants_are_configurations(tmp_path):
     assert results["bytes"][-1]["exemplar_bytes"] == (200 + more) // 6 * 6 * 64
 
 
+@pytest.mark.skipif("TQDM_DISABLE" in os.environ, reason="TQDM_DISABLE: no progress bar")
 def test_the_progress_bar_expects_what_a_memory_holds_beyond_its_size(tmp_path, monkeypatch):
     ends, close = [], ProgressBar.close
     monkeypatch.setattr(
@@ -811,3 +859,56 @@ def test_whole_numbers_in_the_place_of_others_make_the_same_run():
 def test_options_of_another_benchmark_are_refused(option):
     with pytest.raises(ValueError, match=f"{option}: expected none for .* digits, got 3"):
         make_benchmark(Config(**{option: 3}))
+
+
+@pytest.mark.parametrize("name", ["first", "later"])
+def test_no_phases_are_refused(name):
+    with pytest.raises(ValueError, match="first, later: expected at least one phase each"):
+        from_options({name: []})
+
+
+def test_what_a_folder_lacks_of_the_configuration_is_named_either_way(tmp_path):
+    with pytest.raises(ValueError, match="gone: 1 there, None here"):
+        refuse_other("out", tmp_path, {"gone": 1}, {})
+
+
+def test_numbers_at_the_edge_of_their_range():
+    assert Config(momentum=0, weight_decay=0, seed=0).momentum == 0
+    for change in ({"batch_size": 0}, {"momentum": -0.1}, {"momentum": float("nan")}):
+        (name,) = change
+        with pytest.raises(ValueError, match=f"^{name}: expected a number"):
+            Config(**change)
+    with pytest.raises(ValueError, match="against: expected methods other than memo"):
+        Config(against=["memo"])
+    with pytest.raises(ValueError, match=r"against: .*each once, got"):
+        Config(against=["wa", "wa"])
+
+
+def test_the_configured_folder_comes_before_the_variables(monkeypatch):
+    monkeypatch.setenv("AVALANCHE_MEMO_DATA", "elsewhere")
+    assert data_root(Config(data_root="here")) == "here"
+    assert data_root(Config()) == "elsewhere"
+
+
+def test_a_digest_is_compared_where_there_is_none_now(tmp_path):
+    (tmp_path / "data.txt").write_text("4 files of 2 classes, abc")
+    with pytest.raises(ValueError, match="abc there, None here"):
+        refuse_other_data("run_folder", tmp_path, Config())
+
+
+def test_results_of_an_unfinished_run_have_the_budget_so_far(tmp_path):
+    options = ["--method=joint", "--against=[]", "--classes=4", '--first=[{"epochs": 1}]']
+    stop_after(parse([*options, f"--run_folder={tmp_path}"]), epochs=3)
+    results = json.loads((tmp_path / "results.json").read_text())
+    train = split_digits(increment=2, classes=4).train_stream
+    model = results["bytes"][-1]["parameter_bytes"] - 4 * (2 * 64 + 2)
+    assert results["budget_bytes"] == model + len(train[0].dataset) * 64
+
+
+def test_a_run_does_not_start_from_one_on_other_data(tmp_path):
+    config = Config(against=[])
+    config.save(tmp_path / "config.yaml")
+    (tmp_path / "first_experience.pt").touch()
+    (tmp_path / "data.txt").write_text("4 files of 2 classes, abc")
+    with pytest.raises(ValueError, match=r"start_from: .* holds a run on other data"):
+        module._donor(tmp_path, config)

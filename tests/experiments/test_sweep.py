@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
+from PIL import Image
 
 from avalanche_memo.budget import parameter_bytes
 from avalanche_memo.models import cifar_resnet, convnet2
@@ -156,6 +158,57 @@ def test_a_merged_mapping_may_be_overridden(tmp_path):
     point = "b0: &p {increment: 2}\n    other: {<<: *p, increment: 3}"
     sweep = load(write(tmp_path, **{"b0: {increment: 2}": point}))
     assert sweep.runs["other/memo-small-seed_1"].increment == 3
+
+
+@pytest.mark.parametrize("place", ["deep: {way: {%s}}", "%s"], ids=["above", "beside"])
+def test_a_mapping_that_merges_another_may_be_merged_itself(place):
+    both = "a: &a {x: 1, z: 0}, b: &b {<<: *a, x: 2}"
+    text = "{" + place % both + ", flat: {<<: *b, y: 3}}"
+    assert yaml.load(text, module._UniqueKeys)["flat"] == {"x": 2, "y": 3, "z": 0}
+
+
+def test_a_key_that_comes_twice_is_refused_within_a_mapping_too():
+    with pytest.raises(ValueError, match="x: expected once in a mapping, got it twice"):
+        yaml.load("deep: {x: 1, x: 2}", module._UniqueKeys)
+
+
+def test_one_option_is_set_by_one_inner_point(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"folder: {tmp_path}\naxes: {{size: {{x: {{a: {{mem_size: 20}}, s1: {{mem_size: 30}}}}}}, "
+        "way: {a: {}}, s: {s1: {seed: 1}}}\n"
+    )
+    with pytest.raises(ValueError, match=r"mem_size: expected one point of .* got a and s1"):
+        load(path)
+
+
+def test_runs_of_other_experiences_are_refused_before_training(tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"folder: {tmp_path}/runs\nallow: [increment]\ncommon: {{classes: 4}}\n"
+        "axes: {step: {one: {increment: 2}, two: {increment: 4}}}\n"
+    )
+    with pytest.raises(SystemExit):
+        main([str(path), "--check"])
+    assert "got classes per experience of [2, 2] in one and [4] in two" in capsys.readouterr().err
+
+
+def test_runs_on_other_data_are_refused_before_training(tmp_path, capsys):
+    for name, images in (("one", 3), ("two", 4)):
+        for place in (f"{name}/{part}/{c}" for part in ("train", "val") for c in "ab"):
+            (tmp_path / place).mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", (16, 16)).save(tmp_path / place / f"{i}.png")
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        f"folder: {tmp_path}/runs\ncommon: {{benchmark: image_folder, image_size: 16, classes: 2, "
+        "increment: 1}\n"
+        f"axes: {{data: {{one: {{data_root: {tmp_path}/one, mem_size: 4}}, "
+        f"two: {{data_root: {tmp_path}/two, mem_size: 2}}}}}}\n"
+    )
+    with pytest.raises(SystemExit):
+        main([str(path), "--check"])
+    assert "data: 12 files of 2 classes" in capsys.readouterr().err
 
 
 def test_runs_are_checked_before_any_is_trained(tmp_path, capsys):
@@ -310,3 +363,32 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     main([str(path)])
     assert "2 runs, 2 of them finished before" in capsys.readouterr().out
     assert "- runs: 2;" in (tmp_path / "runs" / "report" / "report.md").read_text()
+
+
+def test_points_of_axes_take_the_place_of_common_options(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"folder: {tmp_path}\ncommon: {{mem_size: 50}}\naxes: {{mem_size: [20, 60]}}\n")
+    assert [config.mem_size for config in load(path).runs.values()] == [20, 60]
+
+
+def test_a_sweep_goes_on_with_runs_that_were_begun(tmp_path, monkeypatch):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"folder: {tmp_path}/runs\ncommon: {{classes: 2}}\naxes: {{seed: [1, 2]}}\n")
+    sweep = load(path)
+    sweep.runs["seed_1"].folder.mkdir(parents=True)
+
+    class Ray:
+        init = shutdown = staticmethod(lambda *_, **__: None)
+
+    waiting = []
+    monkeypatch.setattr(module, "_ray", lambda: Ray)
+    monkeypatch.setattr(module, "_run_on", lambda ray, sweep, runs: waiting.extend(runs))
+    run_all(sweep)
+    assert waiting == ["seed_1", "seed_2"]
+
+
+def test_a_point_is_not_called_like_its_folder(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"folder: {tmp_path}\naxes: {{protocol: {{.: {{increment: 1}}}}}}\n")
+    with pytest.raises(ValueError, match=r"protocol: expected names .* got '\.'"):
+        load(path)

@@ -90,15 +90,15 @@ class BiasCorrectionPlugin(SupervisedPlugin):
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
         check_classifier(strategy.model, "BiasCorrectionPlugin", BiasCorrectedLinear)
+
+    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
+        """Check phases and memory against the whole stream, before anything is trained."""
         phases = (*getattr(strategy, "first_phases", ()), *getattr(strategy, "later_phases", ()))
         if any(phase.data == "exemplars" for phase in phases):
             raise ValueError(
                 "data: BiasCorrectionPlugin expected phases on 'all' or 'balanced' data, of which "
                 "it holds a part out, got 'exemplars'"
             )
-
-    def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
-        """Check the memory against all classes of the stream, before anything is trained."""
         plugins = strategy.plugins
         memories = [p for p in plugins if isinstance(p, HerdingReplayPlugin)]
         if any(plugins.index(memory) > plugins.index(self) for memory in memories):
