@@ -17,6 +17,7 @@ from experiments.config import Config, from_options
 from experiments.kept_models import KeptModels
 
 __all__ = [
+    "RunFolderError",
     "check_folder",
     "claim",
     "compact",
@@ -31,18 +32,22 @@ __all__ = [
 _DATA = "data.txt"
 
 
+class RunFolderError(RuntimeError):
+    """What a run folder holds, or who is in it, keeps a run from going on."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder, which is made if it lacks, from other processes.
 
-    :raises RuntimeError: if another process runs in it.
+    :raises RunFolderError: if another process runs in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RuntimeError(f"{folder}: another process is running in this folder") from None
+            raise RunFolderError(f"{folder}: another process is running in this folder") from None
         yield
 
 

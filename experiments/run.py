@@ -36,6 +36,7 @@ from experiments.building import (
 from experiments.config import EXPANDING, Config, parse
 from experiments.figures import accuracy_figure, accuracy_table
 from experiments.folders import (
+    RunFolderError,
     check_folder,
     claim,
     compact,
@@ -61,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
     """Train, or go on training, what a configuration says; return the contents of results.json.
 
     :raises ValueError: if the folder holds a run of another configuration.
-    :raises RuntimeError: if another process runs in the folder, or no checkpoint in it is whole.
+    :raises RunFolderError: if another process runs in the folder, or no checkpoint in it is whole.
     """
     folder = config.folder
     with locked(folder):
@@ -158,13 +159,13 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
 def _saved_state(config: Config, folder: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return the state that a run goes on from, if any, and fill the checkpoint's extra data.
 
-    :raises RuntimeError: if there are checkpoints, but none is whole.
+    :raises RunFolderError: if there are checkpoints, but none is whole.
     """
     state, refused = checkpoint.load()
     for message in refused:
         log.warning(message)
     if refused and state is None:
-        raise RuntimeError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
+        raise RunFolderError(f"{folder}: no checkpoint is usable; remove the folder to start anew")
     if state is None and config.start_from is not None:
         state = _first_experience_of(Path(config.start_from), config, checkpoint)
     threads = torch.get_num_threads()
@@ -365,7 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 check(each)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"experiments.run: error: {error}") from None
-    results = [run(each) for each in configs]
+    try:
+        results = [run(each) for each in configs]
+    except RunFolderError as error:
+        raise SystemExit(f"experiments.run: error: {error}") from None
     if len(results) > 1:
         accuracy_figure(results, config.folder / "accuracy.png")
     print(accuracy_table(results))

@@ -360,6 +360,8 @@ def test_two_processes_do_not_share_a_folder(finished):
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(RuntimeError, match="another process is running in this folder"):
             run(short(finished))
+        with pytest.raises(SystemExit, match=r"error: .*another process is running in this folder"):
+            main(["--resume", str(finished)])
     finally:
         other.kill()
         other.wait()
