@@ -331,7 +331,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two runs the same, with the rates that phases without their own take."""
+    """Return the options of a run, with the rates that phases without their own take."""
     options = dict(config)
     rates = {name: options.pop(name) for name in ("lr", "weight_decay")}
     for when in ("first", "later"):

@@ -140,8 +140,8 @@ def survival(config: Config, kept: Sequence[Sequence[Sequence[int]]]) -> dict[st
 
 
 _HOW = """\
-Sum, mean and final are over the experiences: of all, of all, and the last. A layer is named by its
-stage, its block there and its place in that block. The schedules are in the runs' config.yaml."""
+Sum and mean are over all experiences, final is after the last. A layer is named by its stage, its
+block there and its place in that block. The schedules are in the runs' config.yaml."""
 
 
 def tables(reports: Sequence[dict[str, Any]]) -> str:

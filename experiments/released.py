@@ -293,11 +293,11 @@ def _compare(options: argparse.Namespace, protocol: Config) -> None:
         refuse_other("out", options.out, content["config"], own)
     content["machine"] = describe("cpu")
     commits = content.setdefault("commits", {})
+    commit = _commit(options.clone)
     for method in options.methods:
-        if commits.setdefault(method, own_commit := _commit(options.clone)) != own_commit:
+        if commits.setdefault(method, commit) != commit:
             raise ValueError(
-                f"clone: expected commit {commits[method]}, of which {path} has runs, "
-                f"got {own_commit}"
+                f"clone: expected commit {commits[method]}, of which {path} has runs, got {commit}"
             )
     options.out.mkdir(parents=True, exist_ok=True)
     sides = {"released": partial(in_new_process, run_released, options.clone), "ours": run_ours}

@@ -285,18 +285,17 @@ def _chosen(point: Any, names: set[str]) -> dict[str, Any] | None:
     if point is None:
         return None
     options = {key: value for key, value in point.items() if key in _OPTIONS}
-    set_within: dict[str, Any] = {}
+    setters: dict[str, Any] = {}
     for key, value in point.items():
         if str(key) in names:
             inner = _chosen(value, names)
             if inner is None:
                 return None
-            if twice := sorted(inner.keys() & set_within.keys()):
-                raise ValueError(
-                    f"{twice[0]}: expected one point of {sorted(map(str, point))} to set it, got "
-                    f"{set_within[twice[0]]} and {key}"
-                )
-            set_within |= dict.fromkeys(inner, key)
+            for option in inner:
+                if setters.setdefault(option, key) != key:
+                    raise ValueError(
+                        f"{option}: expected one point to set it, got {setters[option]} and {key}"
+                    )
             options |= inner
     return options
 

@@ -79,8 +79,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
 
         Of a stream whose length is not known, the present experience's are taken for all.
         """
-        experience = getattr(strategy.experience, "origin_experience", strategy.experience)
-        classes = {c for e in _stream(experience) for c in experience_classes(e)}
+        classes = {c for e in _stream(strategy.experience) for c in experience_classes(e)}
         return len(classes | set(self.buffer.order))
 
     def fewest_exemplars(self, strategy: Any) -> int:
@@ -88,13 +87,12 @@ class HerdingReplayPlugin(SupervisedPlugin):
 
         Of a stream whose length is not known, when its classes have been seen.
         """
-        experience = getattr(strategy.experience, "origin_experience", strategy.experience)
         seen: set[int] = set()
         quotas = []
-        for number, other in enumerate(_stream(experience)):
+        for number, experience in enumerate(_stream(strategy.experience)):
             if seen:
                 quotas.append(self.buffer.quota(len(seen), number - 1))
-            seen |= set(experience_classes(other))
+            seen |= set(experience_classes(experience))
         return min(quotas, default=self.buffer.quota(self.n_classes(strategy), 0))
 
     def after_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
@@ -169,7 +167,11 @@ class HerdingReplayPlugin(SupervisedPlugin):
 
 
 def _stream(experience: Any) -> Any:
-    """Return the stream of an experience, or it alone where the stream may make data on demand."""
+    """Return the stream of an experience, or it alone where the stream may make data on demand.
+
+    Of an online sub-experience, that of the experience that it was cut from.
+    """
+    experience = getattr(experience, "origin_experience", experience)
     stream = getattr(experience, "origin_stream", None)
     return stream if hasattr(stream, "__len__") else [experience]
 
