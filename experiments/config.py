@@ -179,6 +179,8 @@ class Config:
         for name in ("seed", "class_order_seed"):
             if getattr(self, name) >= 2**32:
                 raise ValueError(f"{name}: expected less than 2**32, got {getattr(self, name)}")
+        if self.momentum >= 1:
+            raise ValueError(f"momentum: expected less than 1, got {self.momentum}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected a number of at least 1, got {self.batch_size}")
         if not self.first or not self.later:

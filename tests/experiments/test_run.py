@@ -1,11 +1,11 @@
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from avalanche_memo.benchmarks import split_digits
 from avalanche_memo.training import (
@@ -420,6 +421,7 @@ def test_options_count_more_than_the_file_wherever_they_stand(tmp_path, capsys):
         (["--compression.quality=0"], "quality: expected 1 to 100 or 'auto', got 0"),
         (["--seed=-1"], "seed: expected a number of at least 0, got -1"),
         (["--lr=-1"], "lr: expected a number of at least 0, got -1"),
+        (["--momentum=1"], "momentum: expected less than 1, got 1"),
         (["--seed=4294967296"], "seed: expected less than 2**32, got 4294967296"),
         (["--class_order_seed=4294967296"], "class_order_seed: expected less than 2**32"),
         (["--resume=nowhere"], "expected a run folder with a config.yaml, got nowhere"),
@@ -571,9 +573,9 @@ def test_podnet_and_its_variants_are_configurations(tmp_path):
     assert results["bytes"][-1]["exemplar_bytes"] == (200 + more) // 6 * 6 * 64
 
 
-@pytest.mark.skipif("TQDM_DISABLE" in os.environ, reason="TQDM_DISABLE: no progress bar")
 def test_the_progress_bar_expects_what_a_memory_holds_beyond_its_size(tmp_path, monkeypatch):
     ends, close = [], ProgressBar.close
+    monkeypatch.setattr("experiments.progress.tqdm", partial(tqdm, disable=False))
     monkeypatch.setattr(
         ProgressBar, "close", lambda self: (ends.append((self.bar.n, self.bar.total)), close(self))
     )
