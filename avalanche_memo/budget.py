@@ -8,12 +8,11 @@ ResNet-32 of 463,504 parameters costs as much as 603 CIFAR images.
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
 
 __all__ = [
-    "HasInferenceModules",
     "aligned_budget",
     "aligned_exemplars",
     "exemplars_for",
@@ -25,20 +24,10 @@ __all__ = [
 _ONE_NETWORK = ("replay", "icarl", "wa", "bic", "podnet", "ucir", "finetune")
 
 
-@runtime_checkable
-class HasInferenceModules(Protocol):
-    """A network that needs only some of its modules once training is over."""
-
-    def inference_modules(self) -> Sequence[nn.Module]:
-        """Return the modules that inference needs; they alone are counted."""
-        ...
-
-
-def _counted(module: nn.Module) -> nn.Module:
-    """Return the part of a module that is counted; shared tensors occur in it once."""
-    if isinstance(module, HasInferenceModules):
-        return nn.ModuleList(module.inference_modules())
-    return module
+def _counted(module: Any) -> nn.ModuleList:
+    """Return the modules that are counted; shared tensors occur in them once."""
+    own = hasattr(module, "inference_modules")
+    return nn.ModuleList(module.inference_modules() if own else [module])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -82,7 +71,7 @@ def exemplars_for(budget_bytes: float, image_bytes: float) -> int:
     if not 0 <= budget_bytes < math.inf:
         raise ValueError(f"budget_bytes: expected no negative number, got {budget_bytes}")
     if not 1 <= image_bytes < math.inf:
-        raise ValueError(f"image_bytes: expected a positive number, got {image_bytes}")
+        raise ValueError(f"image_bytes: expected at least 1, got {image_bytes}")
     return int(budget_bytes // image_bytes)
 
 

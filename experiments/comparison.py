@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from avalanche_memo.evaluation import area_under_budget
 from avalanche_memo.training import Compression, Phase
-from experiments.config import METHOD_NAMES, Config
+from experiments.config import METHOD_NAMES, Config, from_options
 from experiments.folders import finished
 
 __all__ = [
@@ -315,14 +315,9 @@ def settings(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[
 def _options(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a run; those, of it and of phases, that came later had their defaults.
 
-    :raises TypeError: if one is unknown.
+    :raises ValueError: if one is unknown.
     """
-    options = asdict(Config(**{"against": []} | stored))
-    for name in ("first", "later"):
-        options[name] = [asdict(Phase(**phase)) for phase in options[name]]
-    if options["compression"] is not None:
-        options["compression"] = asdict(Compression(**options["compression"]))
-    return _plain(options)
+    return _plain(asdict(from_options({"against": []} | stored)))
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -275,12 +275,19 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     Options count more than the file, wherever they stand. ``--resume FOLDER`` takes the
     configuration that a run folder holds instead.
     """
-    parser = _Parser(prog="python -m experiments.run", description="Train class-incrementally.")
+    parser = _Parser(
+        prog="python -m experiments.run",
+        description="Train class-incrementally.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="a YAML file of the options below")
     parser.add_argument("--resume", metavar="FOLDER", help="continue the run of a folder")
     parser.add_class_arguments(Config, as_group=False)
     given = list(arguments if arguments is not None else sys.argv[1:])
-    files, others = _config_apart(given)
+    apart = argparse.ArgumentParser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    apart.add_argument("--config", action="append", default=[])
+    known, others = apart.parse_known_args(given)
+    files: list[str] = known.config
     if len(files) > 1:
         parser.error(f"--config: expected one file, got {', '.join(files)}")
     namespace = parser.parse_args(
@@ -296,20 +303,6 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
             parser.error(f"--resume: expected a folder and no further options, got {given}")
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
     return _config(parser, namespace)
-
-
-def _config_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the files of a command line, and its other arguments."""
-    files: list[str] = []
-    others: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, is_one, value = argument.partition("=")
-        if name != "--config" or (file := value if is_one else next(rest, None)) is None:
-            others.append(argument)
-        else:
-            files.append(file)
-    return files, others
 
 
 def _with_wholes_emptied(arguments: Sequence[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from avalanche_memo.training.ranges import at_least_one
 from experiments.building import make_network
 from experiments.comparison import check_protocol
 from experiments.config import EXPANDING, Config
-from experiments.figures import new_figure, save_figure
+from experiments.figures import markdown, new_figure, save_figure
 from experiments.folders import finished, stored_config, write
 from experiments.machine import check_device, default_device, describe, seconds
 
@@ -149,9 +149,7 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
     readouts = reports[0]["accuracy"]
     head = ["", *(f"{r.upper()} {what}, %" for r in readouts for what in ("average", "last"))]
     head += ["parameters, thousands", "kept, %", f"ms per image, batches of {BATCHES[-1]}"]
-    lines = ["# Pruned networks", "", _HOW, ""]
-    lines += ["After the last experience, beside a network without pruning:", ""]
-    lines += _table([*head, "of the unpruned, %"])
+    rows = []
     for each in reports:
         accuracies = [100 * np.array(each["accuracy"][readout]) for readout in readouts]
         cells = [f"{v:.2f}" for found in accuracies for v in (found.mean(), found[-1])]
@@ -161,46 +159,40 @@ def tables(reports: Sequence[dict[str, Any]]) -> str:
         own, whole = (seconds[name][1] for name in (side, "unpruned"))
         cells += [f"{counts[side] / 1e3:,.1f}", f"{100 * counts[side] / counts['unpruned']:.1f}"]
         cells += [f"{1e3 * own:.3g}", f"{100 * own / whole:.0f}"]
-        lines.append(_line([each["run"], *cells]))
-    return "\n".join([*lines, "", *(line for each in reports for line in _lines(each))])
+        rows.append([each["run"], *cells])
+    parts = ["# Pruned networks", _HOW]
+    parts.append("After the last experience, beside a network without pruning:")
+    parts.append(markdown([*head, "of the unpruned, %"], rows))
+    return "\n\n".join([*parts, *(part for each in reports for part in _parts(each))]) + "\n"
 
 
-def _lines(each: dict[str, Any]) -> list[str]:
+def _parts(each: dict[str, Any]) -> list[str]:
     rows = each["experiences"]
     numbers = [str(i + 1) for i in range(len(rows))]
-    lines = [f"## {each['run']}", "", "Parameters, in thousands:", ""]
-    lines += _table(["", *numbers, "sum", "mean", "final"])
+    sizes, times = [], []
     for side in rows[0]["parameters"]:
         counts = [row["parameters"][side] / 1e3 for row in rows]
         summary = [sum(counts), sum(counts) / len(counts), counts[-1]]
-        lines.append(_line([side, *(f"{count:,.1f}" for count in counts + summary)]))
+        sizes.append([side, *(f"{count:,.1f}" for count in counts + summary)])
     for readout, accuracies in each["accuracy"].items():
         values = [100 * accuracy for accuracy in accuracies[: len(rows)]]
         cells = [f"{v:.2f}" for v in [*values, sum(values) / len(values), values[-1]]]
-        lines.append(_line([f"accuracy ({readout.upper()}), %", *cells[:-2], "", *cells[-2:]]))
-    lines += ["", "Latency per image, in ms: median (10 % to 90 %):", ""]
-    lines += _table(["batch", "", *numbers])
+        sizes.append([f"accuracy ({readout.upper()}), %", *cells[:-2], "", *cells[-2:]])
     for batch in BATCHES:
         for side in rows[0]["parameters"]:
             cells = []
             for row in rows:
                 low, median, high = (1e3 * value for value in row["latency"][batch][side])
                 cells.append(f"{median:.3g} ({low:.3g} to {high:.3g})")
-            lines.append(_line([str(batch), side, *cells]))
-    lines += ["", each["machine"] + "."]
-    if each["survival"]:
-        lines += ["", "Channels kept by each block, in %:", "", *_table(["layer", *numbers])]
-    for layer, parts in each["survival"].items():
-        lines.append(_line([layer, *(f"{100 * part:.0f}" for part in parts)]))
-    return [*lines, ""]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _table(head: Sequence[str]) -> list[str]:
-    return [_line(head), _line(["---"] * len(head))]
+            times.append([str(batch), side, *cells])
+    parts = [f"## {each['run']}", "Parameters, in thousands:"]
+    parts.append(markdown(["", *numbers, "sum", "mean", "final"], sizes))
+    parts.append("Latency per image, in ms: median (10 % to 90 %):")
+    parts += [markdown(["batch", "", *numbers], times, 2), each["machine"] + "."]
+    kept = [[k, *(f"{100 * part:.0f}" for part in v)] for k, v in each["survival"].items()]
+    if kept:
+        parts += ["Channels kept by each block, in %:", markdown(["layer", *numbers], kept)]
+    return parts
 
 
 def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:

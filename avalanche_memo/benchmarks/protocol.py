@@ -5,7 +5,6 @@ classes in every experience. Class orders as in iCaRL (Rebuffi et al., CVPR 2017
 toolbox, whose seed is 1993.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,13 +59,8 @@ def first_of_each_class(targets: Sequence[int], n: int) -> list[int]:
     """
     if n < 1:
         raise ValueError(f"samples_per_class: expected a positive number, got {n}")
-    seen: Counter[int] = Counter()
-    indices = []
-    for index, target in enumerate(targets):
-        if seen[target] < n:
-            seen[target] += 1
-            indices.append(index)
-    return indices
+    ids = np.asarray(targets)
+    return sorted(i for c in np.unique(ids) for i in np.flatnonzero(ids == c)[:n].tolist())
 
 
 def split_classes(

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from numbers import Integral
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -51,17 +51,6 @@ _Counts = dict[str, dict[int, int]]
 _Row = dict[int, _Counts]
 # Readout -> class id -> predicted class id -> number of samples, where there are any.
 _Confusions = dict[Readout, dict[int, dict[int, int]]]
-
-
-@runtime_checkable
-class _HasExemplarBytes(Protocol):
-    @property
-    def exemplar_bytes(self) -> int: ...
-
-
-@runtime_checkable
-class _HasMasks(Protocol):
-    def masks(self) -> Sequence[Any]: ...
 
 
 class _EmittingMetric(PluginMetric):
@@ -359,8 +348,8 @@ class MemoryUsage(_EmittingMetric):
             return []
         parameters = parameter_bytes(strategy.model)
         sizes = {"Parameter": parameters, "Inference": inference_bytes(strategy.model)}
-        buffers = [getattr(plugin, "buffer", None) for plugin in strategy.plugins]
-        accounted = [b.exemplar_bytes for b in buffers if isinstance(b, _HasExemplarBytes)]
+        buffers: list[Any] = [getattr(plugin, "buffer", None) for plugin in strategy.plugins]
+        accounted = [b.exemplar_bytes for b in buffers if hasattr(b, "exemplar_bytes")]
         if accounted:
             sizes |= {"Exemplar": sum(accounted), "Total": parameters + sum(accounted)}
         stream = strategy.experience.origin_stream.name
@@ -378,7 +367,7 @@ class ChannelMasks(_EmittingMetric):
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
         """Emit the masks."""
-        layers = strategy.model.masks() if isinstance(strategy.model, _HasMasks) else []
+        layers = strategy.model.masks() if hasattr(strategy.model, "masks") else []
         name = get_metric_name("ChannelMask", strategy)
         self._last = {}
         masks = {

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from avalanche_memo.models.fast_path import (
     FastPath,
     FoldedBlock,
-    compiled_last_map,
+    compiled,
     has_bfloat16,
-    last_map,
 )
 from avalanche_memo.models.heads import GrowingClassifier, GrowingLinear
 from avalanche_memo.models.pruning import (
@@ -136,12 +135,12 @@ class ExpandableNetwork(DynamicModule):
         # A plain list: the folded copies are no part of the model's state, nor of its bytes.
         self._folded: list[FoldedBlock] = []
 
-        self.generalized = nn.ModuleList(backbone.stages[:shared_stages])
+        self.generalized = nn.Sequential(*backbone.stages[:shared_stages])
         self.specialized = nn.ModuleList()
         if masked and not self.expands:
             raise ValueError("masked: expected False where all stages are shared, got True")
         if self.expands:
-            block: nn.Module = nn.ModuleList(backbone.stages[shared_stages:])
+            block: nn.Module = nn.Sequential(*backbone.stages[shared_stages:])
             self.specialized.append(mask_channels(block) if masked else block)
         # Empty, or the newest block as it was before it was pruned.
         self.unpruned = nn.ModuleList()
@@ -353,7 +352,7 @@ class ExpandableNetwork(DynamicModule):
             self._folded += [FoldedBlock(block, dtype) for block in new]
         if not self.fast.fold_frozen or any(block.hooked() for block in self._folded):
             with _precision(x.device, low):
-                return [last_map(block, x) for block in self.specialized[:-1]]
+                return [block(x) for block in self.specialized[:-1]]
         blocks = [block.current() for block in self._folded]
         x = x.to(dtype)
         if self.training and len(x) == self.compiled_batch and blocks:
@@ -364,13 +363,13 @@ class ExpandableNetwork(DynamicModule):
                     raise
                 log.warning("torch.compile failed, frozen blocks run as they are: %s", error)
                 self.compiled_batch = None
-        return [last_map(block, x) for block in blocks]
+        return [block(x) for block in blocks]
 
     def _compiled_maps(self, blocks: list[nn.Module], x: Tensor) -> list[Tensor]:
         if x.is_cuda:
             # Else each block would reuse the memory of the last one's output.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return [compiled_last_map(x.device.type)(block, x) for block in blocks]
+        return [compiled(x.device.type)(block, x) for block in blocks]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpandableNetwork":
         self._folded = []  # The model moves to another device or type.

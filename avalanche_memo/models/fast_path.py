@@ -15,15 +15,13 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from avalanche_memo.models.cifar_resnet import CifarBlock
 from avalanche_memo.models.imagenet_resnet import OpenBlock
 from avalanche_memo.models.pruning import Residual
-from avalanche_memo.models.staged import in_order
 
 __all__ = [
     "FastPath",
     "FoldedBlock",
-    "compiled_last_map",
+    "compiled",
     "fold_batch_norm",
     "has_bfloat16",
-    "last_map",
 ]
 
 _RUN_IN_ORDER = (nn.Sequential, CifarBlock, BasicBlock, Bottleneck, OpenBlock)
@@ -93,21 +91,19 @@ def has_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def last_map(block: nn.Module, x: Tensor) -> Tensor:
-    """Return the output of the last of a block's stages."""
-    for stage in in_order(block):
-        x = stage(x)
-    return x
-
-
 @cache
-def compiled_last_map(device: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Return :func:`last_map` compiled for a type of device.
+def compiled(device: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Return the call of a block compiled for a type of device.
 
     The block is an argument, so that blocks of one structure share a graph.
     """
+
+    def run(block: nn.Module, x: Tensor) -> Tensor:
+        output: Tensor = block(x)
+        return output
+
     mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(last_map, dynamic=False, mode=mode)
+    return torch.compile(run, dynamic=False, mode=mode)
 
 
 def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:

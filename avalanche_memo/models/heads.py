@@ -104,16 +104,6 @@ class GrowingLinear(GrowingClassifier):
         for parameter in (self.bias, *self.weights):
             parameter.uniform_(-bound, bound)
 
-    @torch.no_grad()
-    def scale_rows(self, rows: Tensor, factor: Tensor | float) -> None:
-        """Multiply the weights, not the biases, of some classes.
-
-        :param rows: row numbers ``[R]``.
-        :param factor: what to multiply by.
-        """
-        for weight in self.weights:
-            weight[rows] *= factor
-
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of features ``[B, D]``."""
         return F.linear(features, self.weight, self.bias)

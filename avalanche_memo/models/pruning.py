@@ -22,7 +22,6 @@ from avalanche_memo.models.imagenet_resnet import OpenBlock
 
 __all__ = ["MaskedLayer", "Residual", "mask_channels", "masked_layers", "prune_channels"]
 
-_LISTS = (nn.Sequential, nn.ModuleList)
 # Exactly these here and below: a subclass may compute something else.
 _BLOCKS = (CifarBlock, BasicBlock, Bottleneck, OpenBlock)
 # What maps a channel of zeros to a channel of zeros.
@@ -125,7 +124,7 @@ def mask_channels(block: nn.Module) -> nn.Module:
 
     It computes the same as the given one where all channels are open.
 
-    :param block: stages in an ``nn.ModuleList``: sequences of convolutions, each with its BatchNorm
+    :param block: stages in an ``nn.Sequential``: sequences of convolutions, each with its BatchNorm
         right behind it, ReLUs, poolings, and the residual blocks of this package's ResNets.
     :raises ValueError: if a part can't be masked: a convolution of several groups or without a
         BatchNorm, or a layer of another kind, such as attention.
@@ -137,13 +136,12 @@ def mask_channels(block: nn.Module) -> nn.Module:
         return Residual(residual, shortcut, block.last_relu)
     if type(block) in _CHANNELWISE:
         return copy.deepcopy(block)  # One layer may stand in several places of a sequence.
-    if type(block) not in _LISTS:
+    if type(block) is not nn.Sequential:
         raise ValueError(
             "backbone: expected layers whose channels can be masked (convolutions, each followed "
             "by a BatchNorm2d, ReLU, pooling, this package's residual blocks without attention), "
             f"got {type(block).__name__}"
         )
-    assert isinstance(block, _LISTS)
     masked: list[nn.Module] = []
     layers = iter(block)
     for layer in layers:
@@ -151,11 +149,7 @@ def mask_channels(block: nn.Module) -> nn.Module:
             masked += [layer, _masked_norm(layer, next(layers, None))]
         else:
             masked.append(mask_channels(layer))
-    return _like(block, masked)
-
-
-def _like(modules: nn.Module, layers: list[nn.Module]) -> nn.Module:
-    return nn.Sequential(*layers) if isinstance(modules, nn.Sequential) else nn.ModuleList(layers)
+    return nn.Sequential(*masked)
 
 
 def _masked_norm(convolution: nn.Conv2d, norm: nn.Module | None) -> MaskedBatchNorm2d:
@@ -228,7 +222,7 @@ def masked_layers(block: nn.Module) -> list[MaskedLayer]:
             last = visit(module.residual, source)
             visit(module.shortcut, source)
             return last
-        if isinstance(module, _LISTS):
+        if isinstance(module, nn.Sequential):
             for layer, following in pairwise([*module.children(), nn.Identity()]):
                 if isinstance(layer, nn.Conv2d):
                     assert isinstance(following, MaskedBatchNorm2d)
@@ -248,7 +242,7 @@ def prune_channels(block: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module
     Channels that are not kept are cut out of convolutions, norms and what reads them; the output
     alone has all its channels, in order.
 
-    :param block: the masked block, in an ``nn.ModuleList`` of stages. Parameters get other names
+    :param block: the masked block, an ``nn.Sequential`` of stages. Parameters get other names
         than here: Avalanche's regularisers follow them by name and refuse any that shrinks.
     :param kept: for each of :func:`masked_layers`, the numbers of the channels to keep.
     :raises ValueError: if these are not some of each layer's channels, at least one, each once.
@@ -283,12 +277,12 @@ def prune_channels(block: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module
             in_order = places == list(range(len(total)))
             channels = None if in_order else torch.tensor(places, device=device)
             return Residual(residual, shortcut, module.last_relu, len(total), channels), total
-        if isinstance(module, _LISTS):
+        if isinstance(module, nn.Sequential):
             parts = []
             for child in module.children():
                 part, present = cut(child, present)
                 parts.append(part)
-            return _like(module, parts), present
+            return nn.Sequential(*parts), present
         return copy.deepcopy(module), present
 
     pruned, present = cut(block, list(range(layers[0].convolution.in_channels)))
@@ -296,7 +290,7 @@ def prune_channels(block: nn.Module, kept: Sequence[Sequence[int]]) -> nn.Module
     width = layers[-1].norm.num_features
     if present != list(range(width)):
         stages[-1].add_module("wide", _Widen(present, width, device))
-    return nn.ModuleList(stages)
+    return nn.Sequential(*stages)
 
 
 def _cut_convolution(layer: nn.Conv2d, inputs: list[int], outputs: list[int]) -> nn.Conv2d:

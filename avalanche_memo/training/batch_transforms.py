@@ -78,18 +78,14 @@ class RandomCrop(BatchedOp):
         """Return the size of the window."""
         return self.size
 
-    def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width of an image once it is padded."""
-        left, top, right, bottom = self.padding
-        return height + top + bottom, width + left + right
-
     def draw(self, n: int, height: int, width: int) -> Tensor | None:
         """Draw the top and left of the windows in the padded images: int64 ``[n, 2]``."""
-        height, width = self.padded_size(height, width)
+        left, top, right, bottom = self.padding
+        height, width = height + top + bottom, width + left + right
         if self.size == (height, width):
             return torch.zeros(n, 2, dtype=torch.int64)
-        top = torch.randint(0, height - self.size[0] + 1, (n,))
-        return torch.stack([top, torch.randint(0, width - self.size[1] + 1, (n,))], dim=1)
+        tops = torch.randint(0, height - self.size[0] + 1, (n,))
+        return torch.stack([tops, torch.randint(0, width - self.size[1] + 1, (n,))], dim=1)
 
     def pad(self, images: Tensor) -> Tensor:
         """Return images ``[N, C, H, W]`` with the padding added."""
@@ -259,13 +255,6 @@ class Recipe:
         if pixels.dtype != np.uint8:
             raise UnsupportedError(f"images of mode {image.mode}")
         return channels_first(torch.from_numpy(pixels.copy())[None])[0]
-
-    def store_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size of a resident image, padded if the first transform is a crop."""
-        first = self.ops[0]
-        if isinstance(first, RandomCrop):
-            return first.padded_size(height, width)
-        return height, width
 
     def draw(self, n: int, height: int, width: int) -> list[Tensor | None]:
         """Draw the parameters of `n` images, one entry per transform."""

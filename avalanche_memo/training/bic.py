@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from avalanche_memo.models import BiasCorrectedLinear, ExpandableNetwork
 from avalanche_memo.training.plugins import BiasCorrectionPlugin, SoftmaxDistillationPlugin
-from avalanche_memo.training.plugins.checks import check_classifier, check_network
+from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.template import Phase, ReplayTemplate
 
 __all__ = ["BIC_TRAINING", "BiC"]
@@ -56,8 +56,7 @@ class BiC(ReplayTemplate):
         held_out: float = 0.1,
         **base_kwargs: Any,
     ) -> None:
-        check_network(model, "BiC", shares="all")
-        check_classifier(model, "BiC", BiasCorrectedLinear)
+        check_network(model, "BiC", shares="all", classifier=BiasCorrectedLinear)
         distillation = SoftmaxDistillationPlugin(kd_weight, temperature, convex=True, scaled=False)
         super().__init__(
             model=model,

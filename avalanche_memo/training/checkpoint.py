@@ -15,13 +15,6 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 __all__ = ["Checkpoint", "restore", "restore_progress", "written_whole"]
 
 FORMAT = "avalanche_memo checkpoint 3"
-_COUNTERS = (
-    "train_iterations",
-    "train_exp_counter",
-    "train_exp_epochs",
-    "train_exp_iterations",
-    "total_iterations",
-)
 
 
 class Checkpoint:
@@ -171,7 +164,7 @@ def _capture(strategy: Any) -> dict[str, Any]:
         "optimizer": strategy.optimizer.state_dict(),
         "settings": strategy.optimizer_settings() if phase is None else strategy.settings,
         "phase": phase,
-        "clock": {name: getattr(strategy.clock, name) for name in _COUNTERS},
+        "clock": dict(vars(strategy.clock)),
         "plugins": [plugin.state_dict() for plugin in _stateful(strategy.plugins)],
         "metrics": [metric.state_dict() for metric in _stateful(strategy.evaluator.metrics)],
         "random": _random_state(),
@@ -179,8 +172,7 @@ def _capture(strategy: Any) -> dict[str, Any]:
 
 
 def _restore_counts(strategy: Any, state: dict[str, Any]) -> None:
-    for name, value in state["clock"].items():
-        setattr(strategy.clock, name, value)
+    vars(strategy.clock).update(state["clock"])
     for metric, saved in zip(_stateful(strategy.evaluator.metrics), state["metrics"], strict=True):
         metric.load_state_dict(saved)
 

@@ -31,7 +31,6 @@ from torch.utils.data import (
 
 from avalanche_memo.training.batch_transforms import (
     Normalize,
-    RandomCrop,
     RandomResizedCrop,
     Recipe,
     UnsupportedError,
@@ -351,15 +350,6 @@ def _fill(
         images[rows] = image
 
 
-def _check_crops(recipe: Recipe, height: int, width: int) -> None:
-    for op in recipe.ops:
-        if isinstance(op, RandomCrop) and any(
-            have < want for have, want in zip(op.padded_size(height, width), op.size, strict=True)
-        ):
-            raise UnsupportedError("a crop larger than the image")
-        height, width = op.output_size(height, width)
-
-
 @_random_states_kept()
 def make_resident(
     dataset: Any,
@@ -391,10 +381,9 @@ def make_resident(
 
     # One image tells the size, before the memory of all is taken.
     probe = _Decoder(parts[0].leaf, parts[0].indices[:1].tolist(), recipe)[0]
-    channels, height, width = probe.shape
     parts, others, probability = _with_both(parts, n)
     rows = sum(len(part.positions) for part in parts)
-    size = rows * channels * math.prod(recipe.store_size(height, width))
+    size = rows * recipe.store(probe[None]).nbytes
     if size > byte_limit:
         raise UnsupportedError(
             f"{size / 2**20:.0f} MiB of images, over the limit of {byte_limit / 2**20:.0f} MiB"
@@ -402,7 +391,6 @@ def make_resident(
     images = torch.empty(rows, *probe.shape, dtype=torch.uint8)
     for part in parts:
         _fill(images, part, recipe, decoded, num_workers)
-    _check_crops(recipe, height, width)
     first_of_leaf = {id(part.leaf): int(part.positions[0]) for part in reversed(parts)}
     compared = {0, n // 2, n - 1, *(first for first in first_of_leaf.values() if first < n)}
     _check(dataset, images, labels, recipe, others, probability, compared)

@@ -159,30 +159,24 @@ class NCALoss:
 
     :param model: an ``ExpandableNetwork`` with a classifier that has a ``scale``.
     :param margin: delta, on the similarities; without effect in the released form.
-    :param hinge: whether a sample's loss stops at 0; likewise.
     :param nca: ``"equation"`` or ``"released"``.
     :raises ValueError: for a negative margin or another ``nca``.
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        margin: float = 0.6,
-        *,
-        hinge: bool = True,
-        nca: str = "equation",
+        self, model: torch.nn.Module, margin: float = 0.6, *, nca: str = "equation"
     ) -> None:
         at_least_zero("margin", margin)
         if nca not in ("equation", "released"):
             raise ValueError(f"nca: expected 'equation' or 'released', got {nca!r}")
-        self.model, self.margin, self.hinge, self.nca = model, margin, hinge, nca
+        self.model, self.margin, self.nca = model, margin, nca
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of logits ``[B, W]``, which hold the scale already."""
         if self.nca == "released":
             return nca_loss_released(logits, targets)
         scale = self.model.get_submodule("classifier").get_parameter("scale")
-        return nca_loss(logits, targets, 1.0, scale.detach() * self.margin, self.hinge)
+        return nca_loss(logits, targets, 1.0, scale.detach() * self.margin)
 
 
 def softmax_distillation_loss(new_logits: Tensor, old_logits: Tensor, temperature: float) -> Tensor:

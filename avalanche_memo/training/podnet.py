@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.models import ExpandableNetwork, ProxyCosineClassifier
 from avalanche_memo.training.losses import NCALoss
 from avalanche_memo.training.plugins import (
     GradientClampPlugin,
@@ -14,7 +14,7 @@ from avalanche_memo.training.plugins import (
     PreviousModel,
     SoftmaxDistillationPlugin,
 )
-from avalanche_memo.training.plugins.checks import check_cosine_classifier, check_network
+from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.template import Phase, ReplayTemplate
 
 __all__ = ["PODNET_BALANCED", "PODNET_TRAINING", "PODNet"]
@@ -105,8 +105,7 @@ class PODNet(ReplayTemplate):
         gradient_limit: float = 5.0,
         **base_kwargs: Any,
     ) -> None:
-        check_network(model, "PODNet", shares="all")
-        check_cosine_classifier(model, "PODNet")
+        check_network(model, "PODNet", shares="all", classifier=ProxyCosineClassifier)
         if flat_distillation not in ("pod", "kd", "both"):
             raise ValueError(
                 f"flat_distillation: expected 'pod', 'kd' or 'both', got {flat_distillation!r}"

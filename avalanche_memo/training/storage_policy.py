@@ -140,9 +140,7 @@ def check_extractor(model: Any) -> None:
         )
 
 
-def dataset_features(
-    model: Any, dataset: Any, device: torch.device | str, batch_size: int = 128
-) -> Tensor:
+def dataset_features(model: Any, dataset: Any, device: torch.device | str) -> Tensor:
     """Return the L2-normalised features ``[n, D]`` of a data set, in its order.
 
     The model runs in evaluation mode, on the data set's evaluation transforms, and each of its
@@ -151,19 +149,16 @@ def dataset_features(
     :param model: a module with ``extract_features``.
     :param dataset: an Avalanche data set of n samples.
     :param device: where to compute.
-    :param batch_size: images at a time.
     :raises TypeError: if the model can't extract features.
     """
     check_extractor(model)
-    features = _evaluated(model, model.extract_features, dataset, device, batch_size)
+    features = _evaluated(model, model.extract_features, dataset, device)
     return F.normalize(features.float(), dim=1)
 
 
-def dataset_logits(
-    model: Any, dataset: Any, device: torch.device | str, batch_size: int = 128
-) -> Tensor:
+def dataset_logits(model: Any, dataset: Any, device: torch.device | str) -> Tensor:
     """Return the logits ``[n, W]`` of a data set, computed as :func:`dataset_features` does."""
-    return _evaluated(model, model, dataset, device, batch_size)
+    return _evaluated(model, model, dataset, device)
 
 
 class HerdingBuffer(ExemplarsBuffer):
@@ -498,18 +493,14 @@ def _by_source(rows: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def _evaluated(
-    model: Any,
-    function: Callable[[Tensor], Tensor],
-    dataset: Any,
-    device: torch.device | str,
-    batch_size: int,
+    model: Any, function: Callable[[Tensor], Tensor], dataset: Any, device: torch.device | str
 ) -> Tensor:
     """Return what a function of images returns with the model in evaluation mode."""
     dataset = dataset.eval()
-    loader = resident_loader(dataset, batch_size, shuffle=False, device=device)
+    loader = resident_loader(dataset, 128, device=device)
     # With a generator of its own: a loader draws a seed, whether or not it needs one.
     own = {"collate_fn": dataset.collate_fn, "generator": torch.Generator()}
-    batches = loader or DataLoader(dataset, batch_size, **own)
+    batches = loader or DataLoader(dataset, 128, **own)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -5,13 +5,13 @@ from typing import Any
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
 
-from avalanche_memo.models import ExpandableNetwork
+from avalanche_memo.models import ExpandableNetwork, ProxyCosineClassifier
 from avalanche_memo.training.plugins import (
     ImprintingPlugin,
     LessForgetPlugin,
     MarginRankingPlugin,
 )
-from avalanche_memo.training.plugins.checks import check_cosine_classifier, check_network
+from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.template import Phase, ReplayTemplate
 
 __all__ = ["UCIR", "UCIR_BALANCED", "UCIR_TRAINING"]
@@ -68,8 +68,7 @@ class UCIR(ReplayTemplate):
         margin: float = 0.5,
         **base_kwargs: Any,
     ) -> None:
-        check_network(model, "UCIR", shares="all")
-        check_cosine_classifier(model, "UCIR")
+        check_network(model, "UCIR", shares="all", classifier=ProxyCosineClassifier)
         ranking = MarginRankingPlugin(hard_negatives, margin, ranking_weight)
         losses = [LessForgetPlugin(less_forget_weight), *([ranking] if ranking_weight else [])]
         super().__init__(

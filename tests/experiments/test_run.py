@@ -410,6 +410,9 @@ def test_options_count_more_than_the_file_wherever_they_stand(tmp_path, capsys):
     assert f"--config: expected one file, got {path}, {path}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse(["--config"])
+    for short in ("--conf", "--mem_siz"):  # As argparse would allow.
+        with pytest.raises(SystemExit):
+            parse([*file, f"{short}={path}"])
 
 
 @pytest.mark.parametrize(

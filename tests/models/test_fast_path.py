@@ -197,7 +197,7 @@ def broken_compiler(monkeypatch):
     def fail(block, x):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(expandable, "compiled_last_map", lambda device: fail)
+    monkeypatch.setattr(expandable, "compiled", lambda device: fail)
 
 
 def test_without_a_compiler_blocks_run_as_they_are_and_the_log_says_so(broken_compiler, caplog):

@@ -79,14 +79,6 @@ def test_starts_afresh_on_demand():
     assert head.weight.std().item() == pytest.approx(fresh.weight.std().item(), rel=0.05)
 
 
-def test_scales_the_weights_of_some_rows():
-    head = grown((3, 4), (2, 0))
-    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
-    head.scale_rows(torch.tensor([1, 3]), 0.5)
-    assert torch.equal(head.weight, weight * torch.tensor([[1.0], [0.5], [1.0], [0.5]]))
-    assert torch.equal(head.bias, bias)
-
-
 @pytest.mark.parametrize(("features", "classes"), [(-1, 0), (0, -2)])
 def test_refuses_to_shrink(features, classes):
     with pytest.raises(ValueError, match=rf"at least 0, got {features} and {classes}"):

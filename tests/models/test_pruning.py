@@ -48,19 +48,13 @@ def half_closed(monkeypatch):
     )
 
 
-def block_of(backbone: StagedBackbone) -> nn.ModuleList:
+def block_of(backbone: StagedBackbone) -> nn.Sequential:
     """Its stages, each norm with a shift and statistics of its own."""
     for norm in backbone.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.normal_(norm.bias)
     randomize_norms(backbone)
-    return backbone.stages
-
-
-def run(block: nn.Module, x: Tensor) -> Tensor:
-    for stage in block.children():
-        x = stage(x)
-    return x
+    return nn.Sequential(*backbone.stages)
 
 
 def open_channels(block: nn.Module) -> list[list[int]]:
@@ -86,32 +80,32 @@ def test_a_masked_block_with_open_channels_computes_what_the_block_computes(make
     torch.manual_seed(0)
     block = block_of(make())
     x = torch.randn(2, 3, 32, 32)
-    expected = run(block.eval(), x)
+    expected = block.eval()(x)
     convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
     masked = mask_channels(copy.deepcopy(block)).eval()
     layers = masked_layers(masked)
     assert len(layers) == len(convolutions)
     assert all(masked.get_submodule(layer.name) is layer.convolution for layer in layers)
     set_masks(masked, [range(layer.norm.num_features) for layer in layers])
-    torch.testing.assert_close(run(masked, x), expected)
+    torch.testing.assert_close(masked(x), expected)
 
 
 def test_a_layer_may_stand_in_several_places():
     torch.manual_seed(0)
     relu, norms = nn.ReLU(), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]
     layers = [nn.Conv2d(1, 4, 3), norms[0], relu, nn.Conv2d(4, 4, 3), norms[1], relu]
-    block = nn.ModuleList([nn.Sequential(*layers)]).eval()
+    block = nn.Sequential(nn.Sequential(*layers)).eval()
     x = torch.randn(2, 1, 8, 8)
     masked = mask_channels(block).eval()
     set_masks(masked, [range(4), range(4)])
-    torch.testing.assert_close(run(masked, x), run(block, x))
+    torch.testing.assert_close(masked(x), block(x))
     pruned = prune_channels(masked, [range(4), range(4)]).eval()
-    torch.testing.assert_close(run(pruned, x), run(block, x))
+    torch.testing.assert_close(pruned(x), block(x))
 
 
 def test_which_layer_feeds_which():
     """By hand: stem, then pairs; the shortcut of a wider block reads what the block reads."""
-    layers = masked_layers(mask_channels(imagenet_resnet(10).stages))
+    layers = masked_layers(mask_channels(nn.Sequential(*imagenet_resnet(10).stages)))
     shapes = [(layer.convolution.in_channels, layer.convolution.out_channels) for layer in layers]
     assert shapes == [
         (3, 64),
@@ -121,7 +115,7 @@ def test_which_layer_feeds_which():
         *[(256, 512), (512, 512), (256, 512)],
     ]
     assert [layer.source for layer in layers] == [None, 0, 1, 2, 3, 2, 4, 6, 4, 7, 9, 7]
-    chain = masked_layers(mask_channels(cifar_resnet(14).stages))
+    chain = masked_layers(mask_channels(nn.Sequential(*cifar_resnet(14).stages)))
     assert [layer.source for layer in chain] == [None, *range(12)]
 
 
@@ -199,9 +193,9 @@ def test_a_pruned_block_equals_the_masked_block(make, layout, dtype):
     masked = mask_channels(block_of(make())).to(dtype, memory_format=layout).eval()
     pruned = prune_channels(masked, open_channels(masked)).eval()
     x = torch.randn(3, 3, 32, 32, dtype=dtype).contiguous(memory_format=layout)
-    expected = run(masked, x)
+    expected = masked(x)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(run(pruned, x), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(pruned(x), expected, rtol=tolerance, atol=tolerance)
     assert expected.abs().max() > 0.1
     small, large = (sum(p.numel() for p in b.parameters()) for b in (pruned, masked))
     assert small < 0.6 * large
@@ -233,7 +227,7 @@ def test_a_residual_sum_by_hand():
     norms = [m.num_features for m in pruned.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms == [3, 1, 2, 2, 3, 4, 64]
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(run(pruned, x), run(masked.eval(), x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pruned(x), masked.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_buffers_of_positions_are_counted_and_not_saved():
@@ -261,7 +255,7 @@ def test_a_pruned_block_can_be_folded(make, whole):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert not any(getattr(m, "residual_channels", None) is not None for m in folded.modules())
     x = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(run(folded, x), run(masked, x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(folded(x), masked(x), rtol=1e-9, atol=1e-9)
 
 
 # --- in the expandable network ------------------------------------------------------------------

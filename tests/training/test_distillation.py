@@ -102,15 +102,15 @@ def doubles(tensors):
 
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(
-    ("options", "weight", "flat", "adaptive", "pooling"),
+    ("options", "weight", "flat", "pooling"),
     [
-        ({}, 3, 1, True, "spatial"),
-        ({"pod_weight": 0}, 0, 1, True, "spatial"),
-        ({"flat_weight": 0, "pooling": "gap"}, 3, 0, True, "gap"),
-        ({"pod_weight": 2, "flat_weight": 0.5, "adaptive": False}, 2, 0.5, False, "spatial"),
+        ({}, 3, 1, "spatial"),
+        ({"pod_weight": 0}, 0, 1, "spatial"),
+        ({"flat_weight": 0, "pooling": "gap"}, 3, 0, "gap"),
+        ({"pod_weight": 2, "flat_weight": 0.5}, 2, 0.5, "spatial"),
     ],
 )
-def test_pod_is_added_from_the_second_experience_on(api, options, weight, flat, adaptive, pooling):
+def test_pod_is_added_from_the_second_experience_on(api, options, weight, flat, pooling):
     for loss, step, old in added(PODDistillationPlugin(**options), network(), api):
         new, teacher = step.outputs, old.outputs
         expected = 0.0
@@ -119,8 +119,7 @@ def test_pod_is_added_from_the_second_experience_on(api, options, weight, flat, 
             expected += weight * plain.pod(*maps, pooling, True).item()
         if flat:
             expected += flat * plain.less_forget(*doubles([teacher.features, new.features])).item()
-        if adaptive:
-            expected *= math.sqrt(len(step.network.classes) / 2)
+        expected *= math.sqrt(len(step.network.classes) / 2)
         assert loss == pytest.approx(expected, rel=1e-4)
 
 
@@ -143,13 +142,11 @@ def test_softmax_distillation_sees_the_old_columns(options, shared_stages, learn
         assert loss == pytest.approx(expected, rel=1e-3, abs=3e-6)
 
 
-@pytest.mark.parametrize(
-    ("options", "weight"), [({}, 5.0), ({"less_forget_weight": 2.0, "adaptive": False}, 2)]
-)
+@pytest.mark.parametrize(("options", "weight"), [({}, 5.0), ({"less_forget_weight": 2.0}, 2)])
 def test_less_forget_weighs_old_against_new_classes(options, weight):
     for loss, step, old in added(LessForgetPlugin(**options), network(CosineClassifier)):
         features = doubles([old.outputs.features, step.outputs.features])
-        factor = 1 if "adaptive" in options else math.sqrt(len(old.classes) / 2)
+        factor = math.sqrt(len(old.classes) / 2)
         expected = weight * factor * plain.less_forget(*features).item()
         assert loss == pytest.approx(expected, rel=1e-4)
 
@@ -313,7 +310,7 @@ def test_imprinting_goes_on_from_a_saved_state():
     for experience in stream[:2]:
         strategy.train(experience)
     second, before = ImprintingPlugin(), Proxies()
-    second.load_state_dict(first.state_dict(), stream)
+    second.load_state_dict(first.state_dict())
     learned = model.classifier.weight.detach().clone()
     naive(model, second, before).train(stream[1])
     assert torch.equal(before.network.classifier.weight, learned)

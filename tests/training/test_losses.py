@@ -130,8 +130,7 @@ def test_nca_refuses_other_shapes(loss):
         loss(torch.ones(3, 0), torch.zeros(3, dtype=torch.long))
 
 
-@pytest.mark.parametrize("hinge", [True, False])
-def test_the_criterion_reads_the_scale_from_the_network(hinge):
+def test_the_criterion_reads_the_scale_from_the_network():
     model = nn.Module()
     model.classifier = nn.Module()
     model.classifier.scale = nn.Parameter(torch.tensor([2.5]))
@@ -140,10 +139,10 @@ def test_the_criterion_reads_the_scale_from_the_network(hinge):
     (twin, twin_eta) = doubles([similarities, model.classifier.scale])
     # exp(eta y - c) with c = eta delta held constant: a margin of c / eta.
     constant = 2.5 * 0.3
-    expected = plain.nca(twin_eta * twin, targets, 1.0, constant, hinge)
-    ours = NCALoss(model, 0.3, hinge=hinge)(logits, targets)
+    expected = plain.nca(twin_eta * twin, targets, 1.0, constant, True)
+    ours = NCALoss(model, 0.3)(logits, targets)
     assert_same(ours, expected, [similarities, model.classifier.scale], [twin, twin_eta])
-    assert ours.item() == pytest.approx(nca_loss(similarities, targets, 2.5, 0.3, hinge).item())
+    assert ours.item() == pytest.approx(nca_loss(similarities, targets, 2.5, 0.3).item())
     released = NCALoss(model, nca="released")(logits, targets)
     assert released.item() == pytest.approx(
         nca_loss_released(similarities, targets, 2.5).item(), rel=1e-6

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.models.heads import BiasCorrectedLinear
-from avalanche_memo.training.plugins.checks import check_classifier
+from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.plugins.herding_replay import HerdingReplayPlugin
 from avalanche_memo.training.storage_policy import balanced_choice, dataset_logits
 
@@ -89,7 +89,7 @@ class BiasCorrectionPlugin(SupervisedPlugin):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
-        check_classifier(strategy.model, "BiasCorrectionPlugin", BiasCorrectedLinear)
+        check_network(strategy.model, "BiasCorrectionPlugin", classifier=BiasCorrectedLinear)
 
     def before_train_dataset_adaptation(self, strategy: Any, **kwargs: Any) -> None:
         """Check phases and memory against the whole stream, before anything is trained."""
@@ -156,6 +156,6 @@ class BiasCorrectionPlugin(SupervisedPlugin):
         """Return the seed of the parts."""
         return {"seed": self._seed}
 
-    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self._seed = state["seed"]

@@ -5,26 +5,29 @@ from typing import Any, Literal
 from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_memo.models.expandable import ExpandableNetwork, NetworkOutputs
-from avalanche_memo.models.heads import GrowingClassifier, ProxyCosineClassifier
+from avalanche_memo.models.heads import GrowingClassifier
 
 __all__ = [
     "BatchOutputs",
     "ExperienceEnd",
-    "check_classifier",
-    "check_cosine_classifier",
     "check_network",
 ]
 
 
 def check_network(
-    model: Any, user: str, *, shares: Literal["none", "some", "all", "not all"] | None = None
+    model: Any,
+    user: str,
+    *,
+    shares: Literal["none", "some", "all", "not all"] | None = None,
+    classifier: type[GrowingClassifier] = GrowingClassifier,
 ) -> ExpandableNetwork:
     """Return the model if it is the expandable network that ``user`` needs.
 
     :param model: what was given.
     :param user: the strategy or plugin that needs it, for the message.
     :param shares: how many of its stages it must share; ``None`` for any number.
-    :raises TypeError: if it is no ``ExpandableNetwork``.
+    :param classifier: the class of its classifier.
+    :raises TypeError: if it is no ``ExpandableNetwork``, or has another classifier.
     :raises ValueError: if it shares another number of stages.
     """
     if not isinstance(model, ExpandableNetwork):
@@ -44,36 +47,13 @@ def check_network(
             f"model: {user} expected a network with shared_stages "
             f"{' or '.join(map(str, accepted))} of {model.stages}, got {model.shared_stages}"
         )
-    return model
-
-
-def check_classifier(
-    model: Any, user: str, kind: type[GrowingClassifier], names: str | None = None
-) -> None:
-    """Check that the model is an expandable network with a classifier of a kind.
-
-    :param model: what was given.
-    :param user: the strategy or plugin that needs it, for the message.
-    :param kind: the classifier's class.
-    :param names: of what will do, for the message; the class's own where not given.
-    :raises TypeError: if it is another network, or has another classifier.
-    """
-    classifier = check_network(model, user).classifier
-    if not isinstance(classifier, kind):
+    if not isinstance(model.classifier, classifier):
+        kinds = (kind.__name__ for kind in (classifier, *classifier.__subclasses__()))
         raise TypeError(
             f"model: {user} expected a network whose make_classifier returns a "
-            f"{names or kind.__name__}, got a {type(classifier).__name__}"
+            f"{' or a '.join(kinds)}, got a {type(model.classifier).__name__}"
         )
-
-
-def check_cosine_classifier(model: Any, user: str) -> None:
-    """Check that the model is an expandable network with a cosine classifier.
-
-    :raises TypeError: if it is another network, or has another classifier.
-    """
-    check_classifier(
-        model, user, ProxyCosineClassifier, "ProxyCosineClassifier or a CosineClassifier"
-    )
+    return model
 
 
 class BatchOutputs(SupervisedPlugin):

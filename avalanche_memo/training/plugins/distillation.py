@@ -80,8 +80,8 @@ class PreviousModel:
         if network.fast.fold_frozen:
             # All of the copy is frozen, so all of it is folded.
             self._running = copy.deepcopy(network)
-            self._running.generalized = nn.ModuleList(
-                fold_batch_norm(stage, torch.float32) for stage in network.generalized
+            self._running.generalized = nn.Sequential(
+                *(fold_batch_norm(stage, torch.float32) for stage in network.generalized)
             )
         self._saved = self._images = self._outputs = None
 
@@ -131,7 +131,7 @@ class _Distillation(BatchOutputs, ABC):
         """Return the previous network."""
         return self.teacher.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self.teacher.load_state_dict(state)
 
@@ -151,7 +151,6 @@ class PODDistillationPlugin(_Distillation):
     :param pod_weight: of POD on the stages' outputs, lambda_c: 3 on CIFAR-100.
     :param flat_weight: of POD-flat, lambda_f; 0 leaves it out.
     :param pooling: how :func:`pod_loss` pools.
-    :param adaptive: whether the factor f applies.
     :param teacher: the previous network, if several plugins are to share it.
     :raises ValueError: for a negative weight or an unknown pooling; before training, for a network
         that adds blocks.
@@ -164,7 +163,6 @@ class PODDistillationPlugin(_Distillation):
         flat_weight: float = 1.0,
         *,
         pooling: str = "spatial",
-        adaptive: bool = True,
         teacher: PreviousModel | None = None,
     ) -> None:
         super().__init__(teacher)
@@ -172,8 +170,7 @@ class PODDistillationPlugin(_Distillation):
         at_least_zero("flat_weight", flat_weight)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
-        self.weight, self.flat_weight = pod_weight, flat_weight
-        self.pooling, self.adaptive = pooling, adaptive
+        self.weight, self.flat_weight, self.pooling = pod_weight, flat_weight, pooling
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
@@ -187,7 +184,7 @@ class PODDistillationPlugin(_Distillation):
             loss = loss + self.weight * stages
         if self.flat_weight:
             loss = loss + self.flat_weight * less_forget_loss(old.features, new.features)
-        return loss * _growth_factor(network) if self.adaptive else loss
+        return loss * _growth_factor(network)
 
 
 class SoftmaxDistillationPlugin(_Distillation):
@@ -204,7 +201,7 @@ class SoftmaxDistillationPlugin(_Distillation):
     :param convex: whether to mix instead of to add, as BiC and WA do: the main loss then weighs
         ``1 - lambda`` and this one ``lambda * kd_weight``, ``lambda = old classes / classes seen``.
     :param scaled: whether the factor T^2 is there, by which the gradient keeps its size whatever
-        the temperature; BiC and WA have none.
+        the temperature; iCaRL, BiC and WA have none.
     :param teacher: the previous network, if several plugins are to share it.
     :raises ValueError: for a negative weight or a temperature that is not above 0.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
@@ -259,22 +256,17 @@ class LessForgetPlugin(_Distillation):
     classes.
 
     :param less_forget_weight: lambda_base: 5 on CIFAR-100, 10 on ImageNet.
-    :param adaptive: whether the square root applies.
     :param teacher: the previous network, if several plugins are to share it.
     :raises ValueError: for a negative weight; before training, for a network that adds blocks.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork``.
     """
 
     def __init__(
-        self,
-        less_forget_weight: float = 5.0,
-        *,
-        adaptive: bool = True,
-        teacher: PreviousModel | None = None,
+        self, less_forget_weight: float = 5.0, *, teacher: PreviousModel | None = None
     ) -> None:
         super().__init__(teacher)
         at_least_zero("less_forget_weight", less_forget_weight)
-        self.weight, self.adaptive = less_forget_weight, adaptive
+        self.weight = less_forget_weight
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
@@ -285,7 +277,7 @@ class LessForgetPlugin(_Distillation):
         loss = self.weight * less_forget_loss(old.features, new.features)
         n_new = len(network.new_classes)
         n_old = len(network.classes) - n_new
-        return loss * math.sqrt(n_old / n_new) if self.adaptive else loss
+        return loss * math.sqrt(n_old / n_new)
 
 
 def _growth_factor(network: ExpandableNetwork) -> float:

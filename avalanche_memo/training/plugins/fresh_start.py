@@ -40,6 +40,6 @@ class FreshStartPlugin(SupervisedPlugin):
         """Return the first weights."""
         return {"first": self._first}
 
-    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self._first = state["first"]

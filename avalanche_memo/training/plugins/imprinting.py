@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_memo.training.plugins.checks import check_cosine_classifier
+from avalanche_memo.models import ProxyCosineClassifier
+from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.storage_policy import dataset_features
 
 __all__ = ["ImprintingPlugin"]
@@ -28,7 +29,7 @@ class ImprintingPlugin(SupervisedPlugin):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
-        check_cosine_classifier(strategy.model, "ImprintingPlugin")
+        check_network(strategy.model, "ImprintingPlugin", classifier=ProxyCosineClassifier)
         if self._imprinted is None:  # What the network knows already it has learned.
             self._imprinted = len(strategy.model.growth)
 
@@ -47,6 +48,6 @@ class ImprintingPlugin(SupervisedPlugin):
         """Return how many growths have been imprinted."""
         return {"imprinted": self._imprinted}
 
-    def load_state_dict(self, state: dict[str, Any], stream: Any) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         self._imprinted = state["imprinted"]

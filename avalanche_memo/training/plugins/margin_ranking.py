@@ -3,8 +3,9 @@ Rebalancing" (CVPR 2019), section 3.4."""
 
 from typing import Any
 
+from avalanche_memo.models import ProxyCosineClassifier
 from avalanche_memo.training.losses import margin_ranking_loss
-from avalanche_memo.training.plugins.checks import BatchOutputs, check_cosine_classifier
+from avalanche_memo.training.plugins.checks import BatchOutputs, check_network
 from avalanche_memo.training.ranges import at_least_one, at_least_zero
 
 __all__ = ["MarginRankingPlugin"]
@@ -35,7 +36,7 @@ class MarginRankingPlugin(BatchOutputs):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
-        check_cosine_classifier(strategy.model, "MarginRankingPlugin")
+        check_network(strategy.model, "MarginRankingPlugin", classifier=ProxyCosineClassifier)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         """Add the loss to ``strategy.loss``."""

@@ -111,8 +111,6 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
 
     :param byte_limit: the most bytes that the resident images of a loader may take; images that
         had to be decoded from files are kept in host memory within the same limit.
-    :param train: whether training batches are replaced.
-    :param evaluation: whether evaluation batches are replaced.
     :param eval_batch_size: the least batch size of evaluation, where results do not depend on it;
         None for 512 on an accelerator and `eval_mb_size` on the CPU, where larger batches leave
         the caches (ResNet-32: 512 at once was 1.6 to 3 times slower than 32).
@@ -122,14 +120,10 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
         self,
         byte_limit: int = 2 << 30,
         *,
-        train: bool = True,
-        evaluation: bool = True,
         eval_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.byte_limit = byte_limit
-        self.train = train
-        self.evaluation = evaluation
         self.eval_batch_size = eval_batch_size
         self._decoded = DecodedImages(byte_limit)
         self._logged: dict[str, str] = {}
@@ -140,16 +134,14 @@ class ResidentBatches(SupervisedPlugin, supports_distributed=False):  # type: ig
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Replace the training loader."""
-        if self.train:
-            self._replace(strategy, "training", 1, kwargs.get("num_workers", 0))
+        self._replace(strategy, "training", 1, kwargs.get("num_workers", 0))
 
     def before_eval_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Replace the evaluation loader."""
-        if self.evaluation:
-            least = self.eval_batch_size
-            if least is None:
-                least = 1 if torch.device(strategy.device).type == "cpu" else 512
-            self._replace(strategy, "evaluation", least, kwargs.get("num_workers", 0))
+        least = self.eval_batch_size
+        if least is None:
+            least = 1 if torch.device(strategy.device).type == "cpu" else 512
+        self._replace(strategy, "evaluation", least, kwargs.get("num_workers", 0))
 
     def _replace(self, strategy: Any, what: str, least_batch: int, num_workers: int) -> None:
         try:

@@ -8,7 +8,7 @@ from avalanche.training.plugins import SupervisedPlugin
 
 from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.models.heads import GrowingLinear
-from avalanche_memo.training.plugins.checks import ExperienceEnd, check_classifier
+from avalanche_memo.training.plugins.checks import ExperienceEnd, check_network
 
 __all__ = ["WeightAlignmentPlugin", "align_weights"]
 
@@ -28,7 +28,8 @@ def align_weights(classifier: GrowingLinear, n_new: int) -> float:
     if n_old < 1 or n_new < 1 or not norms[n_old:].any():
         return 1.0
     gamma = norms[:n_old].mean() / norms[n_old:].mean()
-    classifier.scale_rows(torch.arange(n_old, len(norms), device=norms.device), gamma)
+    for weight in classifier.weights:
+        weight[n_old:] *= gamma
     return float(gamma)
 
 
@@ -51,7 +52,7 @@ class WeightAlignmentPlugin(SupervisedPlugin):
 
     def before_training(self, strategy: Any, **kwargs: Any) -> None:
         """Check the model."""
-        check_classifier(strategy.model, "WeightAlignmentPlugin", GrowingLinear)
+        check_network(strategy.model, "WeightAlignmentPlugin", classifier=GrowingLinear)
 
     @torch.no_grad()
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
