@@ -198,7 +198,7 @@ def test_wa_is_its_two_halves():
     assert_same_tensors(train(make(WA, kd_weight=0), 3)[1], replay[1])
 
 
-def test_wa_clips_weights_on_demand():
+def test_wa_clips_weights_unless_told_otherwise():
     class Lowest(SupervisedPlugin):
         def __init__(self) -> None:
             super().__init__()
@@ -209,9 +209,9 @@ def test_wa_clips_weights_on_demand():
             self.weights.append(strategy.model.classifier.weight.min().item())
             self.biases.append(strategy.model.classifier.bias.min().item())
 
-    for clip in (False, True):
+    for clip, options in ((True, {}), (False, {"clip_weights": False})):
         lowest = Lowest()
-        trainer = make(WA, lowest, clip_weights=clip)
+        trainer = make(WA, lowest, **options)
         for experience in make_benchmark().train_stream[:2]:
             trainer.train(experience)
         assert len(lowest.weights) > 2
