@@ -49,9 +49,10 @@ class GrowingLinear(GrowingClassifier):
 
     A new class adds a row, a new block adds columns; the weight of an old (class, feature) pair is
     kept, and everything new starts as in a fresh ``nn.Linear`` of the grown size, within
-    ``1 / sqrt(D)``; in MEMO's and PyCIL's code within ``sqrt(3 / D)``, biases at 0. The weight is
-    held as one parameter per block of features: Avalanche's optimizers and regularisers follow
-    parameters by name and accept growth along one dimension only.
+    ``1 / sqrt(D)``. In MEMO's, PyCIL's and DER's code new weights have three times that variance,
+    and biases, if any, are 0; so there the auxiliary head's. The weight is held as one parameter
+    per block of features: Avalanche's optimizers and regularisers follow parameters by name and
+    accept growth along one dimension only.
     """
 
     def __init__(self) -> None:

@@ -54,7 +54,8 @@ DER_IMAGENET_CLASSIFIER = replace(DER_CLASSIFIER, temperature=1.0)
 
 DER_RESNET32_FIRST = Phase(200, lr=0.1, weight_decay=5e-4, milestones=(60, 120, 170))
 """The first experience on CIFAR-100 with a ResNet-32, batches of 128: PyCIL's, the authors have
-released none. PyCIL aligns the classifier's weights instead of learning the classifier again."""
+released none. PyCIL aligns the classifier's weights instead of learning the classifier again, as
+``plugins=[WeightAlignmentPlugin()], later_phases=[DER_RESNET32_LATER]`` makes this one do."""
 
 DER_RESNET32_LATER = Phase(170, lr=0.1, weight_decay=2e-4, milestones=(80, 120, 150))
 """The later experiences (PyCIL's)."""

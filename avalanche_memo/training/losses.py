@@ -251,10 +251,12 @@ def sparsity_loss(
     sources: Sequence[int | None],
     in_channels: int = 3,
 ) -> Tensor:
-    """Return the part of a block's weights that its channel masks leave in use.
+    """Return about the part of a block's weights that its channel masks leave in use.
 
     DER (Yan et al., CVPR 2021), section 3.3: ``sum_l K_l |m_{l-1}|_1 |m_l|_1`` over
-    ``sum_l K_l c_{l-1} c_l``. Where layers form no chain, l - 1 is the layer that feeds layer l.
+    ``sum_l K_l c_{l-1} c_l``. Where layers form no chain, l - 1 is the layer that feeds layer l;
+    behind a residual sum the residual's last, though pruning keeps what either summand has open.
+    With half of a ResNet-32's channels open at random it is 0.26, and 0.34 of the weights stay.
 
     :param masks: the mask ``[c_l]`` of each layer, from 0 to 1.
     :param kernel_areas: K_l, the kernel's pixels.

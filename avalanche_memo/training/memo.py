@@ -38,7 +38,8 @@ class MEMO(ReplayTemplate):
     :param criterion: the main loss.
     :param mem_size: exemplars in all.
     :param auxiliary_weight: weight of the auxiliary loss (the authors' 1).
-    :param align_weights: whether to align the classifier's weights.
+    :param align_weights: whether to align the classifier's weights, which presumes enough steps;
+        see :class:`WA`.
     :param base_kwargs: the arguments of :class:`ReplayTemplate` and what it stands on, such as
         ``exemplars_per_class``, ``first_phases``, ``train_mb_size``, ``train_epochs``, ``device``,
         ``plugins``, ``evaluator``.

@@ -67,6 +67,7 @@ class BiasCorrectionPlugin(SupervisedPlugin):
     The part is drawn anew in each experience, as in PyCIL, so that an exemplar held out now may
     have been trained on earlier; the authors' code keeps the same samples out for good. It fits by
     SGD and adds ``0.05 beta^2``; PyCIL fits by SGD with augmentation, and takes the softmax twice.
+    In both BatchNorm is in training mode meanwhile.
 
     Put this plugin after the one that adds exemplars to the data.
 
