@@ -251,7 +251,7 @@ class SoftmaxDistillationPlugin(_Distillation):
 class LessForgetPlugin(_Distillation):
     """UCIR's less-forget constraint on the features, from the second experience on.
 
-    Hou et al., CVPR 2019, section 3.3:
+    Hou et al., CVPR 2019, section 3.3, as the authors' code computes it:
     ``L = L_main + less_forget_weight * sqrt(old / new) * L_dis`` with the numbers of old and new
     classes.
 
