@@ -75,7 +75,7 @@ def released_settings(config: Config) -> dict[str, Any]:
     ):
         if not good:
             raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)}")
-    usual = Config(method=config.method, against=[], clip_weights=False)
+    usual = Config(method=config.method, against=[])
     for name in (each.name for each in fields(Config) if each.name not in _TOLD):
         if getattr(config, name) != getattr(usual, name):
             raise ValueError(

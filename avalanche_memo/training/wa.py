@@ -34,8 +34,8 @@ class WA(ReplayTemplate):
     Either half of the method alone is an option: ``kd_weight=0``, or ``align_weights=False``.
 
     Aligning presumes that the new classes' weights have outgrown the old ones'. In few steps they
-    have not, and without clipping it enlarges them instead: by 1.16 after 20 epochs on 5 new
-    classes of CIFAR-100 with 150 images each.
+    have not, and it enlarges them instead: by 1.16 after 20 epochs on 5 new classes of CIFAR-100
+    with 150 images each.
 
     This strategy does not use task identities.
 
@@ -48,7 +48,7 @@ class WA(ReplayTemplate):
     :param temperature: T of the distillation.
     :param align_weights: whether to align the classifier's weights.
     :param clip_weights: whether weights that are aligned are also clipped at 0 after each step, as
-        in the paper; False is PyCIL's form, by which its published figures were made.
+        in the paper; in PyCIL's code they are not.
     :param base_kwargs: the arguments of :class:`ReplayTemplate`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
     :raises ValueError: if it would add blocks, or an option is outside its range.
@@ -64,7 +64,7 @@ class WA(ReplayTemplate):
         kd_weight: float = 1.0,
         temperature: float = 2.0,
         align_weights: bool = True,
-        clip_weights: bool = True,
+        clip_weights: bool = False,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "WA", shares="all")

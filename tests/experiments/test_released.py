@@ -88,7 +88,6 @@ PROTOCOL = Config(
     classes=30,
     backbone="resnet14",
     mem_size=600,
-    clip_weights=False,
     seed=7,
     first=[Phase(3, lr=0.1, weight_decay=5e-4, milestones=(1, 2))],
     later=[Phase(2, lr=0.1, weight_decay=1e-3)],
@@ -134,10 +133,6 @@ def test_settings_have_the_released_names():
         ({"backbone": "convnet2"}, "backbone: expected resnet14 .*, got convnet2"),
         ({"later": [Phase(1), Phase(1)]}, "later: expected one phase, got"),
         ({"samples_per_class": 100}, "samples_per_class: expected None, which .*, got 100"),
-        (
-            {"method": "wa", "clip_weights": True},
-            "clip_weights: expected False, which .*, got True",
-        ),
         ({"momentum": 0.5}, "momentum: expected 0.9, which .*, got 0.5"),
         ({"first": [Phase(1, cosine=True)]}, "expected epochs, rates and milestones alone, got"),
     ],

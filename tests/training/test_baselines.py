@@ -199,7 +199,7 @@ def test_wa_is_its_two_halves():
     assert_same_tensors(train(make(WA, kd_weight=0), 3)[1], replay[1])
 
 
-def test_wa_clips_weights_unless_told_otherwise():
+def test_wa_clips_weights_on_demand():
     class Lowest(SupervisedPlugin):
         def __init__(self) -> None:
             super().__init__()
@@ -210,9 +210,9 @@ def test_wa_clips_weights_unless_told_otherwise():
             self.weights.append(strategy.model.classifier.weight.min().item())
             self.biases.append(strategy.model.classifier.bias.min().item())
 
-    for clip, options in ((True, {}), (False, {"clip_weights": False})):
+    for clip in (False, True):
         lowest = Lowest()
-        trainer = make(WA, lowest, **options)
+        trainer = make(WA, lowest, clip_weights=clip)
         for experience in make_benchmark().train_stream[:2]:
             trainer.train(experience)
         assert len(lowest.weights) > 2
