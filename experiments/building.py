@@ -243,7 +243,7 @@ def make_strategy(
         "podnet": (PODNet, memory | podnet | distillation),
         "ucir": (UCIR, memory | ucir),
         "icarl": (ICaRL, memory | distillation),
-        "wa": (WA, memory | distillation),
+        "wa": (WA, memory | distillation | options("clip_weights")),
         "bic": (BiC, memory | distillation),
         "replay": (Replay, memory),
         "finetune": (Finetune, {}),

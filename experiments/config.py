@@ -97,6 +97,8 @@ class Config:
     :param kd_temperature: its temperature; likewise.
     :param kd_adaptive: whether its weight grows with the classes, as the other distillations' do
         (PODNet).
+    :param clip_weights: whether the classifier's weights are clipped at 0 after each step, as in
+        the paper; PyCIL's are not (WA).
     :param less_forget_weight: weight of the less-forget constraint (UCIR).
     :param ranking_weight: weight of the margin ranking loss (UCIR).
     :param batch_size: images per training step.
@@ -147,6 +149,7 @@ class Config:
     kd_weight: float | None = None
     kd_temperature: float | None = None
     kd_adaptive: bool = False
+    clip_weights: bool = False
     less_forget_weight: float = 5.0
     ranking_weight: float = 1.0
     batch_size: int = 64

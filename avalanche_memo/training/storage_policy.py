@@ -496,11 +496,11 @@ def _evaluated(
     model: Any, function: Callable[[Tensor], Tensor], dataset: Any, device: torch.device | str
 ) -> Tensor:
     """Return what a function of images returns with the model in evaluation mode."""
-    dataset = dataset.eval()
-    loader = resident_loader(dataset, 128, device=device)
+    dataset, batch_size = dataset.eval(), 128
+    loader = resident_loader(dataset, batch_size, device=device)
     # With a generator of its own: a loader draws a seed, whether or not it needs one.
     own = {"collate_fn": dataset.collate_fn, "generator": torch.Generator()}
-    batches = loader or DataLoader(dataset, 128, **own)
+    batches = loader or DataLoader(dataset, batch_size, **own)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -133,6 +133,7 @@ def test_settings_have_the_released_names():
         ({"backbone": "convnet2"}, "backbone: expected resnet14 .*, got convnet2"),
         ({"later": [Phase(1), Phase(1)]}, "later: expected one phase, got"),
         ({"samples_per_class": 100}, "samples_per_class: expected None, which .*, got 100"),
+        ({"clip_weights": True}, "clip_weights: expected False, which .*, got True"),
         ({"momentum": 0.5}, "momentum: expected 0.9, which .*, got 0.5"),
         ({"first": [Phase(1, cosine=True)]}, "expected epochs, rates and milestones alone, got"),
     ],

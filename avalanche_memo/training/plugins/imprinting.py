@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from avalanche.training.plugins import SupervisedPlugin
 
-from avalanche_memo.models import ProxyCosineClassifier
+from avalanche_memo.models.heads import ProxyCosineClassifier
 from avalanche_memo.training.plugins.checks import check_network
 from avalanche_memo.training.storage_policy import dataset_features
 

@@ -3,7 +3,7 @@ Rebalancing" (CVPR 2019), section 3.4."""
 
 from typing import Any
 
-from avalanche_memo.models import ProxyCosineClassifier
+from avalanche_memo.models.heads import ProxyCosineClassifier
 from avalanche_memo.training.losses import margin_ranking_loss
 from avalanche_memo.training.plugins.checks import BatchOutputs, check_network
 from avalanche_memo.training.ranges import at_least_one, at_least_zero
