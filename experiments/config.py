@@ -149,7 +149,7 @@ class Config:
     kd_weight: float | None = None
     kd_temperature: float | None = None
     kd_adaptive: bool = False
-    clip_weights: bool = False
+    clip_weights: bool = True
     less_forget_weight: float = 5.0
     ranking_weight: float = 1.0
     batch_size: int = 64

@@ -46,7 +46,16 @@ READOUTS = ("cnn", "nme")
 _TOLD = {
     *("method", "against", "benchmark", "data_root", "base", "increment", "classes"),
     *("class_order_seed", "backbone", "mem_size", "exemplars_per_class", "train_generalized"),
-    *("auxiliary_weight", "batch_size", "lr", "weight_decay", "first", "later", "seed"),
+    *(
+        "auxiliary_weight",
+        "clip_weights",
+        "batch_size",
+        "lr",
+        "weight_decay",
+        "first",
+        "later",
+        "seed",
+    ),
     *("device", "fast", "keep_models", "run_folder"),
 }
 """Options that the released code is told, or that change nothing that is learned."""
@@ -72,6 +81,7 @@ def released_settings(config: Config) -> dict[str, Any]:
         ("backbone", config.backbone.startswith("resnet"), "resnet14 or another of CIFAR's"),
         ("first", len(config.first) == 1, "one phase"),
         ("later", len(config.later) == 1, "one phase"),
+        ("clip_weights", config.method != "wa" or not config.clip_weights, "False for wa"),
     ):
         if not good:
             raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)}")

@@ -33,9 +33,13 @@ class WA(ReplayTemplate):
 
     Either half of the method alone is an option: ``kd_weight=0``, or ``align_weights=False``.
 
-    Aligning presumes that the new classes' weights have outgrown the old ones'. In few steps they
-    have not, and it enlarges them instead: by 1.16 after 20 epochs on 5 new classes of CIFAR-100
-    with 150 images each.
+    Aligning presumes that the new classes' weights have outgrown the old ones'. After few steps it
+    misses: weights that are not clipped have not, and it enlarges them, by 1.16 after 20 epochs on
+    5 new classes of CIFAR-100 with 150 images each; where they are clipped the old ones have
+    shrunk, as nothing else lowers a logit, and it overcorrects. On digits, 2 new classes each, 8
+    epochs end at 0.33 to 0.34 clipped and 0.64 to 0.76 not, 24 at 0.83 to 0.91 and 0.91 to 0.93.
+    On CIFAR-100, 10 new classes each, 15 epochs and then 12 end after 30 classes at 39.4 to 43.5 %
+    clipped and 33.1 to 34.8 % not (three seeds).
 
     This strategy does not use task identities.
 
@@ -48,7 +52,7 @@ class WA(ReplayTemplate):
     :param temperature: T of the distillation.
     :param align_weights: whether to align the classifier's weights.
     :param clip_weights: whether weights that are aligned are also clipped at 0 after each step, as
-        in the paper; in PyCIL's code they are not.
+        in the paper; False is PyCIL's form, by which its published figures were made.
     :param base_kwargs: the arguments of :class:`ReplayTemplate`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork`.
     :raises ValueError: if it would add blocks, or an option is outside its range.
@@ -64,7 +68,7 @@ class WA(ReplayTemplate):
         kd_weight: float = 1.0,
         temperature: float = 2.0,
         align_weights: bool = True,
-        clip_weights: bool = False,
+        clip_weights: bool = True,
         **base_kwargs: Any,
     ) -> None:
         check_network(model, "WA", shares="all")

@@ -40,7 +40,7 @@ class WeightAlignmentPlugin(SupervisedPlugin):
     sub-experience that counts (:class:`ExperienceEnd`).
 
     :param clip: whether weights below 0 are set to 0 after each step, so that, the features being
-        positive, a weight's norm tells how large its logits are.
+        positive, a weight's norm tells how large its logits are: as in WA's paper, not in MEMO's.
     :raises TypeError: before training, if the model is no ``ExpandableNetwork`` with a linear
         classifier.
     """
