@@ -49,7 +49,7 @@ PARTS = {
 
 
 class Images(torch.utils.data.Dataset[Any]):
-    """Random CIFAR-sized images, as torchvision's CIFAR-100 holds them."""
+    """Random CIFAR-sized images, one PIL image at a time, as torchvision's CIFAR-100 gives them."""
 
     def __init__(self, n: int, classes: int) -> None:
         generator = np.random.default_rng(0)

@@ -190,7 +190,9 @@ def make_network(config: Config) -> ExpandableNetwork:
     stages = len(backbone.stages)
     shared = {"memo": stages - 1, "der": 0}.get(config.method, stages)
     classifiers = {
-        "podnet": partial(ProxyCosineClassifier, config.proxies),
+        "podnet": partial(
+            ProxyCosineClassifier, config.proxies, squared_distance=config.squared_distance
+        ),
         "ucir": CosineClassifier,
         "bic": BiasCorrectedLinear,
     }

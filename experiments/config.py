@@ -87,6 +87,8 @@ class Config:
     :param mask_s_max: scale of the masks at an epoch's end (MEMO, DER).
     :param mask_rate: how much faster than weights the masks learn (MEMO, DER).
     :param proxies: proxies of a class (PODNet).
+    :param squared_distance: whether similarities are minus the squared distance, as in the authors'
+        code, instead of the cosine (PODNet).
     :param nca: what the authors' released code computes, or the paper's equation (PODNet).
     :param pod_weight: weight of the distillation of the stages' outputs (PODNet).
     :param flat_weight: weight of the distillation of the features (PODNet).
@@ -141,6 +143,7 @@ class Config:
     mask_s_max: float = 100.0
     mask_rate: float = 1.0
     proxies: int = 10
+    squared_distance: bool = False
     nca: Literal["equation", "released"] = "released"
     pod_weight: float = 3.0
     flat_weight: float = 1.0

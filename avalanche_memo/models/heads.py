@@ -178,8 +178,10 @@ class ProxyCosineClassifier(GrowingClassifier):
 
     :param proxies: proxies per class, K.
     :param gamma: sharpness of the softmax over a class's proxies.
-    :param scale: eta to begin with. The authors' code starts at 1, too, but its similarity is minus
-        the squared distance, ``2 s - 2``: 2 for gamma and scale here, but for a constant.
+    :param scale: eta to begin with (the authors' 1).
+    :param squared_distance: whether a proxy's similarity is ``2 s_k - 2``, as in the authors' code:
+        minus its squared distance from the feature, both of length 1. So gamma and eta act as if
+        they were twice as large, and eta learns four times as fast.
     :param freeze_old: whether the proxies of older classes stop learning when new ones come, as in
         the authors' code. A phase that trains the classifier alone trains them all, as there.
     :raises ValueError: if a number is not positive.
@@ -191,6 +193,7 @@ class ProxyCosineClassifier(GrowingClassifier):
         *,
         gamma: float = 1.0,
         scale: float = 1.0,
+        squared_distance: bool = False,
         freeze_old: bool = True,
     ) -> None:
         super().__init__()
@@ -202,6 +205,7 @@ class ProxyCosineClassifier(GrowingClassifier):
         self.proxies = proxies
         self.gamma = gamma
         self.initial_scale = scale
+        self.squared_distance = squared_distance
         self.freeze_old = freeze_old
         self.in_features = 0
         self.weights = nn.ParameterList()
@@ -281,12 +285,17 @@ class ProxyCosineClassifier(GrowingClassifier):
                 proxies.copy_(class_proxies(own, self.proxies, seed).to(newest) * length)
 
     def similarities(self, features: Tensor) -> Tensor:
-        """Return the similarities ``[B, C]``, each from -1 to 1, of features ``[B, D]``."""
-        cosines = F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        """Return the similarities ``[B, C]`` of features ``[B, D]``.
+
+        Each is from -1 to 1, or from -4 to 0 as minus a squared distance.
+        """
+        similarity = F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        if self.squared_distance:
+            similarity = 2 * similarity - 2
         if self.proxies == 1:
-            return cosines
-        cosines = cosines.view(len(cosines), self.out_features, self.proxies)
-        return (F.softmax(self.gamma * cosines, dim=2) * cosines).sum(dim=2)
+            return similarity
+        similarity = similarity.view(len(similarity), self.out_features, self.proxies)
+        return (F.softmax(self.gamma * similarity, dim=2) * similarity).sum(dim=2)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of features ``[B, D]``: scale times similarity."""

@@ -561,13 +561,17 @@ def test_methods_run_against_one_that_expands_have_none_of_its_options(
 
 PODNET = [
     *("--method=podnet", "--proxies=2", "--attention=cbam", "--flat_distillation=both"),
+    "--squared_distance=true",
     '--later=[{"epochs": 2}, {"epochs": 1, "learns": "classifier", "data": "exemplars"}]',
 ]
 
 
 def test_podnet_and_its_variants_are_configurations(tmp_path):
     rates = "--memory_rates=[0.1,0.1,0.1]"
-    results = run(parse([*SHORT, *PODNET, rates, "--run_folder", str(tmp_path / "podnet")]))
+    config = parse([*SHORT, *PODNET, rates, "--run_folder", str(tmp_path / "podnet")])
+    classifier = make_network(config).classifier
+    assert (classifier.proxies, classifier.squared_distance) == (2, True)
+    results = run(config)
     assert {"cnn", "nme"} <= set(results)
     assert results["config"]["flat_distillation"] == "both"
     # 200 // 6 of each of 6 classes; an increment of 2 classes has the images of the first two.

@@ -1,5 +1,6 @@
 import copy
 import logging
+import math
 from functools import partial
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_computes_the_published_local_similarities(proxies, gamma, scale):
     # d(sum logits^2) / d scale = 2 sum logits^2 / scale.
     slope = 2 * expected.square().sum().item() / scale
     assert head.scale.grad.item() == pytest.approx(slope, rel=1e-4)
+
+
+def test_similarities_are_minus_squared_distances_on_demand():
+    head = grown(2, 1, proxies=3, gamma=2.0, scale=1.5, squared_distance=True)
+    features = features_of(6)
+    proxies = head.weight.detach().reshape(3, 3, 5)
+    for feature, logits in zip(features.tolist(), head(features).tolist(), strict=True):
+        for own, logit in zip(proxies.tolist(), logits, strict=True):
+            similarities = [
+                -sum((f / math.hypot(*feature) - p / math.hypot(*proxy)) ** 2 for f, p in pairs)
+                for proxy in own
+                for pairs in [list(zip(feature, proxy, strict=True))]
+            ]
+            shares = [math.exp(2.0 * similarity) for similarity in similarities]
+            mean = sum(a * b for a, b in zip(shares, similarities, strict=True)) / sum(shares)
+            assert logit == pytest.approx(1.5 * mean, rel=1e-4)
 
 
 def test_one_proxy_is_a_cosine_layer():
