@@ -74,6 +74,7 @@ def make_benchmark(config: Config) -> Any:
         "base": config.base,
         "increment": config.increment,
         "seed": config.class_order_seed,
+        "order": config.class_order,
         "classes": config.classes,
     }
     for name, benchmark in (("samples_per_class", "cifar100"), ("image_size", "image_folder")):
@@ -237,6 +238,7 @@ def make_strategy(
     podnet |= options("kd_adaptive")
     kd = {"kd_weight": config.kd_weight, "temperature": config.kd_temperature}
     distillation = {name: value for name, value in kd.items() if value is not None}
+    clip = {} if config.clip_weights is None else options("clip_weights")
     ucir = options("less_forget_weight", "ranking_weight")
     device = default_device() if config.device == "auto" else config.device
     method, own = {
@@ -245,7 +247,7 @@ def make_strategy(
         "podnet": (PODNet, memory | podnet | distillation),
         "ucir": (UCIR, memory | ucir),
         "icarl": (ICaRL, memory | distillation),
-        "wa": (WA, memory | distillation | options("clip_weights")),
+        "wa": (WA, memory | distillation | clip),
         "bic": (BiC, memory | distillation),
         "replay": (Replay, memory),
         "finetune": (Finetune, {}),

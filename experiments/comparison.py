@@ -30,7 +30,7 @@ __all__ = [
 
 PROTOCOL = (
     *("benchmark", "base", "increment", "classes", "samples_per_class", "image_size"),
-    *("class_order_seed", "batch_size", "momentum", "first", "later", "data"),
+    *("class_order_seed", "class_order", "batch_size", "momentum", "first", "later", "data"),
 )
 """Options that runs must share, and ``data``, the digest of a folder of images. Of the phases,
 those count in which the whole network learns: one for the classifier alone is part of a method."""

@@ -65,6 +65,7 @@ class Config:
     :param samples_per_class: use only so many images of each class (CIFAR-100).
     :param image_size: side of the images, in pixels (image_folder).
     :param class_order_seed: seed of the class order; MEMO's and PyCIL's is 1993.
+    :param class_order: the order itself, all class ids, instead of a seed's.
     :param backbone: resnet8 to resnet110 (CIFAR's), four_stage_resnet, convnet2,
         imagenet_resnet10 to imagenet_resnet50 (for small images imagenet_resnet18_cifar_stem and
         so on), or convnet4.
@@ -99,8 +100,8 @@ class Config:
     :param kd_temperature: its temperature; likewise.
     :param kd_adaptive: whether its weight grows with the classes, as the other distillations' do
         (PODNet).
-    :param clip_weights: whether the classifier's weights are clipped at 0 after each step, as in
-        the paper; PyCIL's are not (WA).
+    :param clip_weights: whether the classifier's weights are clipped at 0 after each step (WA); as
+        in the paper where it is not given, in PyCIL's code they are not.
     :param less_forget_weight: weight of the less-forget constraint (UCIR).
     :param ranking_weight: weight of the margin ranking loss (UCIR).
     :param batch_size: images per training step.
@@ -128,6 +129,7 @@ class Config:
     samples_per_class: int | None = None
     image_size: int = 224
     class_order_seed: int = 1993
+    class_order: list[int] | None = None
     backbone: str = "resnet8"
     attention: Literal["cbam"] | None = None
     shared_stages: int | None = None
@@ -152,7 +154,7 @@ class Config:
     kd_weight: float | None = None
     kd_temperature: float | None = None
     kd_adaptive: bool = False
-    clip_weights: bool = True
+    clip_weights: bool | None = None
     less_forget_weight: float = 5.0
     ranking_weight: float = 1.0
     batch_size: int = 64

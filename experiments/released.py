@@ -81,7 +81,7 @@ def released_settings(config: Config) -> dict[str, Any]:
         ("backbone", config.backbone.startswith("resnet"), "resnet14 or another of CIFAR's"),
         ("first", len(config.first) == 1, "one phase"),
         ("later", len(config.later) == 1, "one phase"),
-        ("clip_weights", config.method != "wa" or not config.clip_weights, "False for wa"),
+        ("clip_weights", config.method != "wa" or config.clip_weights is False, "False for wa"),
     ):
         if not good:
             raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)}")

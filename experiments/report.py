@@ -17,7 +17,7 @@ import argparse
 import base64
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -255,20 +255,24 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     """Return what a reader must know of the runs, a line each."""
     results = [result for own in groups for result in own.results]
     seeds = sorted({result["config"]["seed"] for result in results})
-    orders = sorted({result["config"]["class_order_seed"] for result in results})
+    orders = sorted({_order_of(result["config"]) for result in results})
     places = sorted(
         "{device}, CPU threads {threads}, torch {torch}".format(**result["environment"])
         for result in results
     )
     notes = [
         f"runs: {len(results)}; seeds: {', '.join(map(str, seeds))}; "
-        f"seed of the class order: {', '.join(map(str, orders))}",
+        f"class order: {', '.join(orders)}",
         "run on " + "; ".join(dict.fromkeys(places)),
     ]
     for own in groups:
         if not _has_confusion(own):
             notes.append(f"{own.name}: no confusion matrix, the runs are older than it")
     return notes
+
+
+def _order_of(config: Mapping[str, Any]) -> str:
+    return "as given" if config["class_order"] else f"seed {config['class_order_seed']}"
 
 
 def _has_confusion(own: Group) -> bool:

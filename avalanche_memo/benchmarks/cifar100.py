@@ -1,7 +1,7 @@
 """Split CIFAR-100 under the Base-x/Inc-y protocols, in the class order of published results."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def split_cifar100(
     *,
     root: str | Path | None = None,
     seed: int | None = 1993,
+    order: Sequence[int] | None = None,
     classes: int | None = None,
     samples_per_class: int | None = None,
     original_class_ids: bool = False,
@@ -51,6 +52,7 @@ def split_cifar100(
         base,
         increment,
         seed=seed,
+        order=order,
         classes=classes,
         original_class_ids=original_class_ids,
         train_transform=train_transform or cifar_train_transform(),

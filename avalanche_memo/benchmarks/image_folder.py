@@ -1,6 +1,6 @@
 """Image folders under the Base-x/Inc-y protocols: ImageNet-1000, ImageNet-100 and smaller ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ def split_image_folder(
     increment: int,
     *,
     seed: int | None = 1993,
+    order: Sequence[int] | None = None,
     image_size: int = 224,
     classes: int | None = None,
     original_class_ids: bool = False,
@@ -50,6 +51,7 @@ def split_image_folder(
         base,
         increment,
         seed=seed,
+        order=order,
         classes=classes,
         original_class_ids=original_class_ids,
         train_transform=train_transform or imagenet_train_transform(image_size),

@@ -70,6 +70,7 @@ def split_classes(
     increment: int,
     *,
     seed: int | None = 1993,
+    order: Sequence[int] | None = None,
     classes: int | None = None,
     original_class_ids: bool = False,
     train_transform: Callable[[Any], Any] | None = None,
@@ -83,14 +84,15 @@ def split_classes(
     :param train: training set of ``(image, class id)`` with ``targets``; class ids ``0..C-1``.
     :param test: test set of the same classes, likewise.
     :param seed: of the class order, see :func:`class_order`.
+    :param order: the order itself, all class ids, instead of a seed's.
     :param classes: learn only the first so many classes of the order; None for all.
     :param original_class_ids: keep the data set's class ids. The default relabels the classes in
         order of appearance, so that the first experience has the ids ``0, 1, ...``.
     :param train_transform: applied to images of the train stream.
     :param eval_transform: applied to images of the test stream, and of the train stream's
         experiences in eval mode.
-    :raises ValueError: if class ids have gaps or differ between the sets, if ``classes`` is out of
-        range, or from :func:`experience_sizes`.
+    :raises ValueError: if class ids have gaps or differ between the sets, if ``order`` has not each
+        of them once, if ``classes`` is out of range, or from :func:`experience_sizes`.
     """
     n_classes = len({int(target) for target in train.targets})
     for name, dataset in (("train", train), ("test", test)):
@@ -105,6 +107,11 @@ def split_classes(
     elif not 1 <= classes <= n_classes:
         raise ValueError(f"classes: expected 1 to {n_classes}, got {classes}")
     sizes = experience_sizes(classes, base, increment)
+    order = class_order(n_classes, seed) if order is None else list(order)
+    if sorted(order) != list(range(n_classes)):
+        raise ValueError(
+            f"order: expected each class id from 0 to {n_classes - 1} once, got {order}"
+        )
     # nc_benchmark's own `seed` would give another order and reseed torch's global generator.
     return nc_benchmark(
         train,
@@ -112,7 +119,7 @@ def split_classes(
         n_experiences=len(sizes),
         task_labels=False,
         shuffle=False,
-        fixed_class_order=class_order(n_classes, seed)[:classes],
+        fixed_class_order=order[:classes],
         per_exp_classes=dict(enumerate(sizes)),
         class_ids_from_zero_from_first_exp=not original_class_ids,
         train_transform=train_transform,

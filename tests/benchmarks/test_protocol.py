@@ -108,6 +108,23 @@ def test_only_the_first_classes_of_the_order_are_learned():
     assert pixels == [{0: 68, 1: 56}, {2: 78, 3: 8}]
 
 
+def test_classes_may_come_in_an_order_of_ones_own():
+    data = dataset(list(range(4)))
+    benchmark = split_classes(data, data, 0, 2, order=(2, 0, 3, 1), classes=2)
+    assert [(pixel(image), label) for image, label, _ in benchmark.test_stream[0].dataset] == [
+        (0, 1),
+        (2, 0),
+    ]
+    assert len(benchmark.test_stream) == 1
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 1, 2, 2], [1, 2, 3, 4], []])
+def test_an_order_has_each_class_once(order):
+    data = dataset(list(range(4)))
+    with pytest.raises(ValueError, match=r"order: expected each class id from 0 to 3 once, got"):
+        split_classes(data, data, 0, 2, order=order)
+
+
 def test_transforms_of_each_stream():
     data = dataset([0, 1])
     benchmark = split_classes(

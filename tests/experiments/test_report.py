@@ -201,6 +201,7 @@ def test_options_that_a_run_is_too_old_for_had_their_defaults(tmp_path):
     [
         ({"increment": 2}, "increment: 1 in .*/a; 2 in .*/b"),
         ({"class_order_seed": 7}, "class_order_seed: 1993 in .*/a; 7 in .*/b"),
+        ({"class_order": [1, 0]}, r"class_order: none in .*/a; \[1, 0\] in .*/b"),
         ({"samples_per_class": 5}, "samples_per_class: none in .*/a; 5 in .*/b"),
         ({"first": [Phase(9)]}, r"first: 8 epochs \(.*milestones \[5, 7\]\) in .*/a; 9 epochs"),
         ({"lr": 0.2}, "first: .*lr 0.1.* in .*/a; .*lr 0.2.* in .*/b"),
@@ -231,9 +232,13 @@ def test_runs_on_different_data_are_refused(tmp_path):
 def test_class_orders_can_be_averaged_over(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / f"{seed}", replace(PLAIN, class_order_seed=seed))
-    report([tmp_path], tmp_path / "out", average=["seed", "class_order_seed"])
+        make_run(tmp_path / f"{-seed}", replace(PLAIN, class_order=list(range(10))[::-seed]))
+    report([tmp_path], tmp_path / "out", average=["seed", "class_order_seed", "class_order"])
     [line] = csv.DictReader((tmp_path / "out" / "results.csv").open())
-    assert line["runs"] == "2"
+    assert line["runs"] == "4"
+    assert (
+        "; class order: as given, seed 1, seed 2\n" in (tmp_path / "out" / "report.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(

@@ -491,6 +491,7 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
         ({"method": "bic", "mem_size": 7}, ValueError, "mem_size: .*at least two exemplars of"),
         ({"method": "joint", "shared_stages": 1}, ValueError, "Joint expected a network with"),
         ({"increment": 4}, ValueError, "increment: expected a divisor"),
+        ({"class_order": [3, 1, 2]}, ValueError, "order: expected each class id from 0 to 9 once"),
         ({"benchmark": "cifar100", "data_root": "nowhere"}, FileNotFoundError, "download=True"),
         ({"benchmark": "image_folder", "data_root": "nowhere"}, FileNotFoundError, "train"),
     ],
@@ -731,6 +732,7 @@ def test_distillation_is_the_methods_own_unless_given(
             },
         ),
         ("UCIR", {"less_forget_weight": 7.0, "ranking_weight": 0.5}),
+        ("WA", {"kd_weight": 0.5, "clip_weights": False}),
         ("MEMO", {"auxiliary_weight": 0.5}),
         (
             "DER",
@@ -783,6 +785,8 @@ def test_common_options_reach_the_strategy(tmp_path, monkeypatch):
     assert (model.train_generalized, model.gradient_through_frozen) == (False, False)
     order = np.random.RandomState(7).permutation(10).tolist()
     assert make_benchmark(config).classes_order_original_ids == order
+    own = replace(config, class_order=[*range(5, 10), *range(5)], classes=8)
+    assert make_benchmark(own).classes_order_original_ids == [5, 6, 7, 8, 9, 0, 1, 2]
 
 
 def test_what_a_first_experience_depends_on():
