@@ -20,7 +20,8 @@ from avalanche_memo.training.template import Phase, ReplayTemplate
 __all__ = ["PODNET_BALANCED", "PODNET_TRAINING", "PODNet"]
 
 PODNET_TRAINING = Phase(160, lr=0.1, weight_decay=5e-4, cosine=True)
-"""Each experience's schedule on CIFAR-100, batches of 128 (the authors' released configuration)."""
+"""Each experience's schedule on CIFAR-100, batches of 128 (the authors' released configuration; in
+their code the rate is one epoch behind, so that the first two have all of it)."""
 
 PODNET_BALANCED = Phase(
     20,
