@@ -228,6 +228,9 @@ def make_strategy(
     def options(*names: str) -> dict[str, Any]:
         return {name: getattr(config, name) for name in names}
 
+    def given(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
+
     memory = options("mem_size", "exemplars_per_class", "compression", "spend_remainder")
     memory["memory_rates"] = rates
     auxiliary = options("auxiliary_weight")
@@ -236,9 +239,7 @@ def make_strategy(
         plugins = [*plugins, SparsityPlugin(**sparsity)]
     podnet = options("nca", "pod_weight", "flat_weight", "pooling", "flat_distillation")
     podnet |= options("kd_adaptive")
-    kd = {"kd_weight": config.kd_weight, "temperature": config.kd_temperature}
-    distillation = {name: value for name, value in kd.items() if value is not None}
-    clip = {} if config.clip_weights is None else options("clip_weights")
+    distillation = given(kd_weight=config.kd_weight, temperature=config.kd_temperature)
     ucir = options("less_forget_weight", "ranking_weight")
     device = default_device() if config.device == "auto" else config.device
     method, own = {
@@ -247,7 +248,7 @@ def make_strategy(
         "podnet": (PODNet, memory | podnet | distillation),
         "ucir": (UCIR, memory | ucir),
         "icarl": (ICaRL, memory | distillation),
-        "wa": (WA, memory | distillation | clip),
+        "wa": (WA, memory | distillation | given(clip_weights=config.clip_weights)),
         "bic": (BiC, memory | distillation),
         "replay": (Replay, memory),
         "finetune": (Finetune, {}),

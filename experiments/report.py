@@ -255,7 +255,7 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     """Return what a reader must know of the runs, a line each."""
     results = [result for own in groups for result in own.results]
     seeds = sorted({result["config"]["seed"] for result in results})
-    orders = sorted({_order_of(result["config"]) for result in results})
+    orders = sorted({_class_order(result["config"]) for result in results})
     places = sorted(
         "{device}, CPU threads {threads}, torch {torch}".format(**result["environment"])
         for result in results
@@ -271,7 +271,7 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def _order_of(config: Mapping[str, Any]) -> str:
+def _class_order(config: Mapping[str, Any]) -> str:
     return "as given" if config["class_order"] else f"seed {config['class_order_seed']}"
 
 

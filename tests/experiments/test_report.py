@@ -232,7 +232,7 @@ def test_runs_on_different_data_are_refused(tmp_path):
 def test_class_orders_can_be_averaged_over(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / f"{seed}", replace(PLAIN, class_order_seed=seed))
-        make_run(tmp_path / f"{-seed}", replace(PLAIN, class_order=list(range(10))[::-seed]))
+        make_run(tmp_path / f"{-seed}", replace(PLAIN, class_order=[seed, 0]))
     report([tmp_path], tmp_path / "out", average=["seed", "class_order_seed", "class_order"])
     [line] = csv.DictReader((tmp_path / "out" / "results.csv").open())
     assert line["runs"] == "4"

@@ -184,19 +184,19 @@ def test_wa_aligns_the_network_that_it_is_read_out_from_and_distilled_from(api):
 
 def test_wa_is_its_two_halves():
     """Up to the first alignment, the halves are the whole without it and replay aligned."""
-    free = {"clip_weights": False}
 
     def train(trainer, experiences):
         for experience in make_benchmark().train_stream[:experiences]:
             trainer.train(experience)
         return norms(trainer.model), tensors_of(trainer.model)
 
-    (aligned, _), (before, _) = train(make(WA, **free), 2), train(make(WA, align_weights=False), 2)
+    aligned, _ = train(make(WA, clip_weights=False), 2)
+    before, _ = train(make(WA, align_weights=False), 2)
     gamma = sum(before[:2]) / sum(before[2:])
     assert not 0.98 < gamma < 1.02
     assert aligned == pytest.approx([*before[:2], *(gamma * norm for norm in before[2:])])
-    replay = train(make(Replay, WeightAlignmentPlugin()), 3)
-    assert_same_tensors(train(make(WA, kd_weight=0, **free), 3)[1], replay[1])
+    replay = train(make(Replay, WeightAlignmentPlugin(clip=True)), 3)
+    assert_same_tensors(train(make(WA, kd_weight=0), 3)[1], replay[1])
 
 
 def test_wa_clips_weights_unless_told_otherwise():
