@@ -8,10 +8,8 @@ Leave the machine alone meanwhile: a second process on the same cores distorts e
 
 import argparse
 import json
-import os
 import re
 import statistics
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -45,6 +43,7 @@ PARTS = {
     "channels_last alone": replace(PLAIN, channels_last=True),
     "bfloat16 alone": replace(PLAIN, bfloat16=True),
     "folded frozen blocks alone": replace(PLAIN, fold_frozen=True),
+    "CUDA graphs alone": replace(PLAIN, cuda_graphs=True),
 }
 
 
@@ -65,16 +64,23 @@ class Images(torch.utils.data.Dataset[Any]):
 
 
 class Stopwatch(SupervisedPlugin):
-    """Notes when each training or evaluation step ends."""
+    """Notes when training or evaluation steps end.
 
-    def __init__(self) -> None:
+    On a GPU, every 20th one: to wait for each would hide what the host does meanwhile.
+    """
+
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.stride = 20 if torch.device(device).type == "cuda" else 1
+        self.count = 0
         self.ends: list[float] = []
 
     def _note(self, strategy: Any) -> None:
-        if strategy.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        self.count += 1
+        if self.count % self.stride == 0:
+            if strategy.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Note the end of a training step."""
@@ -86,7 +92,7 @@ class Stopwatch(SupervisedPlugin):
 
     def steps(self, warmup: int = 2) -> list[float]:
         """Return the seconds of each step, loading included, after the first ones."""
-        return np.diff(self.ends)[warmup:].tolist()
+        return (np.diff(self.ends)[warmup:] / self.stride).tolist()
 
 
 def benchmark_of(n_images: int, classes: int, experiences: int = 1) -> Any:
@@ -114,7 +120,7 @@ def strategy_at(
     # The classes 0 to 9 come last: they are the ones that the benchmark has.
     for first in range(10, 10 * experiences, 10):
         network.grow(range(first, first + 10))
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch(device)
     strategy = {"MEMO": MEMO, "DER": DER}[method](
         model=network,
         optimizer=torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4),
@@ -133,16 +139,18 @@ def training_steps(
 ) -> list[float]:
     """Return the seconds of training steps, loader included."""
     strategy, stopwatch = strategy_at(method, experiences, fast, device, stop)
-    strategy.train(benchmark_of(BATCH * (steps + 3), 10).train_stream[0])
+    batches = stopwatch.stride * (steps + 3)
+    strategy.train(benchmark_of(BATCH * batches, 10).train_stream[0])
     return stopwatch.steps()
 
 
 def evaluation_steps(experiences: int, fast: FastPath, device: str, steps: int) -> list[float]:
     """Return the seconds of evaluation steps: classifier and NME in one pass."""
     strategy, stopwatch = strategy_at("MEMO", experiences, fast, device)
-    benchmark = benchmark_of(BATCH * (steps + 3), 10)
+    benchmark = benchmark_of(BATCH * stopwatch.stride * (steps + 3), 10)
     strategy.train(benchmark_of(BATCH, 10).train_stream[0])
     stopwatch.ends.clear()
+    stopwatch.count = 0
     strategy.eval(benchmark.test_stream)
     return stopwatch.steps()
 
@@ -178,24 +186,6 @@ def peak_memory(experiences: int, fast: FastPath, device: str) -> float:
     # Unlike getrusage's, this peak does not include the parent's at the time of the fork.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**10
-
-
-def start_ups(fast: FastPath, device: str) -> list[float]:
-    """Return the seconds before MEMO's steps at experience 2, its first frozen block's, and at 3.
-
-    From the call of ``train`` to the end of the first step, less the length of a usual step, in
-    this process, which must have compiled nothing yet.
-    """
-    strategy, stopwatch = strategy_at("MEMO", 1, fast, device)
-    waited = []
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        for experience in benchmark_of(5 * BATCH, 10, experiences=3).train_stream:
-            stopwatch.ends = [time.perf_counter()]
-            strategy.train(experience)
-            first, *others = np.diff(stopwatch.ends)
-            waited.append(float(first - statistics.median(others)))
-    return waited[1:]
 
 
 def training_flops(experiences: int) -> int:
@@ -262,7 +252,8 @@ def measure(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     )
     for method, counts in {"MEMO": (1, 5, 10), "DER": (1, 5)}.items():
         for n in counts:
-            parts = PARTS if method == "MEMO" else {k: PARTS[k] for k in ("plain", "fast")}
+            names = PARTS if method == "MEMO" else ("plain", "fast")
+            parts = {k: PARTS[k] for k in names if device != "cpu" or k != "CUDA graphs alone"}
             sides = {
                 side: lambda fast=fast, n=n, method=method: training_steps(
                     method, n, fast, device, steps
@@ -270,9 +261,6 @@ def measure(device: str, rounds: int, steps: int) -> list[dict[str, Any]]:
                 for side, fast in parts.items()
             }
             if method == "MEMO" and n > 1:
-                sides["fast, frozen blocks compiled"] = lambda n=n: training_steps(
-                    "MEMO", n, FastPath(compile_frozen=True), device, steps
-                )
                 sides["fast, gradient stopped at frozen blocks"] = lambda n=n: training_steps(
                     "MEMO", n, FastPath(), device, steps, stop=True
                 )
@@ -314,25 +302,17 @@ def growth(medians: dict[tuple[str, str], float]) -> dict[str, float]:
         )
         / 9
         for side in PARTS
+        if ("MEMO training step, experience 1", side) in medians
     }
 
 
 def other_measures(rows: Sequence[dict[str, Any]], device: str) -> dict[str, Any]:
     """Measure what the rows leave out, and return what follows from both, by name."""
     medians = {(row["what"], row["side"]): row["median"] for row in rows}
-    started = {
-        side: [
-            in_new_process(start_ups, FastPath(compile_frozen=compiled), device) for _ in range(3)
-        ]
-        for side, compiled in (("fast", False), ("compiled", True))
-    }
     product, copy = ceilings(device)
     written = 5000 * 3 * 32 * 32 * 4 / medians["loader, 5,000 images", "fast"]
     return {
         "added_ms_per_frozen_block": {side: 1e3 * added for side, added in growth(medians).items()},
-        "start_up_s_at_experiences_2_and_3": {
-            side: np.median(turns, axis=0).tolist() for side, turns in started.items()
-        },
         "bf16_product_flops_per_s": product,
         "copy_bytes_per_s": copy,
         "share_of_product_by_experience": {
@@ -355,11 +335,6 @@ def notes(machine: str, others: dict[str, Any]) -> str:
     added = "; ".join(
         f"{side} {value:.1f} ms" for side, value in others["added_ms_per_frozen_block"].items()
     )
-    start_up = others["start_up_s_at_experiences_2_and_3"]
-    waits = " and at experience 3 ".join(
-        f"{fast:.2g} s ({compiled:.2g} s with frozen blocks compiled)"
-        for fast, compiled in zip(start_up["fast"], start_up["compiled"], strict=True)
-    )
     shares = ", ".join(
         f"{share:.0%} at experience {n}"
         for n, share in others["share_of_product_by_experience"].items()
@@ -368,7 +343,6 @@ def notes(machine: str, others: dict[str, Any]) -> str:
         [
             f"\nResNet-32, batches of {BATCH}, loader included; {machine}.",
             f"One more frozen block adds to a step of MEMO: {added}.",
-            f"Before the first step at experience 2, the first with a frozen block, pass {waits}.",
             "A product of two 4096 x 4096 matrices in bfloat16 reaches "
             f"{others['bf16_product_flops_per_s'] / 1e12:.3g} TFLOP/s. Of that, fast steps of "
             f"MEMO reach {shares}. A copy moves {others['copy_bytes_per_s'] / 1e9:.3g} GB/s; the "

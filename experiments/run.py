@@ -54,6 +54,8 @@ from experiments.progress import ProgressBar
 __all__ = ["budget_bytes", "check", "main", "run"]
 
 _FIRST_EXPERIENCE = "first_experience.pt"
+_UNSAVED = 10.0
+"""The seconds of training that a killed run loses at most, beside an epoch's."""
 
 log = logging.getLogger("avalanche_memo")
 
@@ -111,7 +113,7 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     RNGManager.set_random_seeds(config.seed)
     benchmark = make_benchmark(config)
     train, test = benchmark.train_stream, benchmark.test_stream
-    checkpoint = Checkpoint(folder / "checkpoint.pt", config.fingerprint())
+    checkpoint = Checkpoint(folder / "checkpoint.pt", config.fingerprint(), seconds=_UNSAVED)
     state = _saved_state(config, folder, checkpoint)
     rates = memory_rates(config, train)
     progress = ProgressBar(config.method, _images_per_epoch(config, train, rates))

@@ -1,12 +1,10 @@
 """Small images, benchmarks and networks that several tests share."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from avalanche.benchmarks import class_incremental_benchmark, nc_benchmark
 from avalanche.benchmarks.utils import as_classification_dataset
@@ -16,10 +14,6 @@ from torchvision.transforms import ToTensor
 
 from avalanche_memo.benchmarks.digits import GreyImages
 from avalanche_memo.models import StagedBackbone
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="torch.compile needs g++, which is not installed"
-)
 
 APIS = ("nc", "ci")
 """Avalanche's two ways to make a class-incremental benchmark."""

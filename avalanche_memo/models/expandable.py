@@ -7,7 +7,7 @@ Learning", CVPR 2021.
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ import torch
 from avalanche.models import DynamicModule
 from torch import Tensor, nn
 
+from avalanche_memo.models.cuda_graph import GraphedPasses, recordable
 from avalanche_memo.models.fast_path import (
     FastPath,
     FoldedBlock,
-    compiled,
     has_bfloat16,
 )
 from avalanche_memo.models.heads import GrowingClassifier, GrowingLinear
@@ -130,10 +130,9 @@ class ExpandableNetwork(DynamicModule):
         self._evaluation_width = 0
         self.outputs: NetworkOutputs | None = None
         self.fast = FastPath.of(False)
-        self.compiled_batch: int | None = None
-        """The size of the training batches that frozen blocks are compiled for, if they are."""
-        # A plain list: the folded copies are no part of the model's state, nor of its bytes.
+        # Neither a module: they are no part of the model's state, nor of its bytes.
         self._folded: list[FoldedBlock] = []
+        self._passes = GraphedPasses()
 
         self.generalized = nn.Sequential(*backbone.stages[:shared_stages])
         self.specialized = nn.ModuleList()
@@ -330,46 +329,48 @@ class ExpandableNetwork(DynamicModule):
         return self
 
     def _features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        low = self.fast.bfloat16 and has_bfloat16(x.device)
+        graphed = None
+        if self.fast.cuda_graphs and recordable(x):
+            blocks = _Blocks(self)
+            state = blocks.state(x)
+            graphed = None if state is None else self._passes.recorded(state, blocks, x)
+        features, *maps = (graphed or self._run)(x)
+        return features, maps
+
+    def _run(self, x: Tensor) -> list[Tensor]:
+        """Return the features and the stage maps."""
+        low = self._low(x.device)
         if self.fast.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with _precision(x.device, low):
             maps = stage_maps(self.generalized, x)
             shared = maps[-1] if maps else x
             if not self.expands:
-                return StagedBackbone.pool(shared.float()), maps
+                return [StagedBackbone.pool(shared.float()), *maps]
             newest = stage_maps(self.specialized[-1], shared)
         frozen_input = shared if self.gradient_through_frozen else shared.detach()
         outputs = [*self._frozen_maps(frozen_input, low), newest[-1]]
         features = [StagedBackbone.pool(output.float()) for output in outputs]
-        return torch.cat(features, dim=1), maps + newest
+        return [torch.cat(features, dim=1), *maps, *newest]
 
     def _frozen_maps(self, x: Tensor, low: bool) -> list[Tensor]:
         """Return the last maps of the older blocks, oldest first."""
-        dtype = torch.bfloat16 if low else torch.float32
         if self.fast.fold_frozen:
-            new = self.specialized[len(self._folded) : -1]
-            self._folded += [FoldedBlock(block, dtype) for block in new]
+            self._fold(low)
         if not self.fast.fold_frozen or any(block.hooked() for block in self._folded):
             with _precision(x.device, low):
                 return [block(x) for block in self.specialized[:-1]]
         blocks = [block.current() for block in self._folded]
-        x = x.to(dtype)
-        if self.training and len(x) == self.compiled_batch and blocks:
-            try:
-                return self._compiled_maps(blocks, x)
-            except Exception as error:
-                if self.fast.compile_frozen is True:
-                    raise
-                log.warning("torch.compile failed, frozen blocks run as they are: %s", error)
-                self.compiled_batch = None
+        x = x.to(torch.bfloat16 if low else torch.float32)
         return [block(x) for block in blocks]
 
-    def _compiled_maps(self, blocks: list[nn.Module], x: Tensor) -> list[Tensor]:
-        if x.is_cuda:
-            # Else each block would reuse the memory of the last one's output.
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        return [compiled(x.device.type)(block, x) for block in blocks]
+    def _low(self, device: torch.device) -> bool:
+        return self.fast.bfloat16 and has_bfloat16(device)
+
+    def _fold(self, low: bool) -> None:
+        dtype = torch.bfloat16 if low else torch.float32
+        new = self.specialized[len(self._folded) : -1]
+        self._folded += [FoldedBlock(block, dtype) for block in new]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpandableNetwork":
         self._folded = []  # The model moves to another device or type.
@@ -419,7 +420,49 @@ class ExpandableNetwork(DynamicModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # Avalanche's plugins deep-copy models; tensors inside an autograd graph can't be copied.
-        return {**self.__dict__, "outputs": None, "_folded": []}
+        return {**self.__dict__, "outputs": None, "_folded": [], "_passes": GraphedPasses()}
+
+
+class _Blocks(nn.Module):
+    """A network without its heads, as a module whose parameters can be exchanged for a call."""
+
+    def __init__(self, network: ExpandableNetwork) -> None:
+        super().__init__()
+        self.generalized, self.specialized = network.generalized, network.specialized
+        self._network = [network]  # A list, so that it is no module of this one.
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the features and the stage maps."""
+        return self._network[0]._run(x)
+
+    def state(self, x: Tensor) -> Hashable | None:
+        """Return what a recording of this depends on; ``None`` if it must not be recorded."""
+        network = self._network[0]
+        running: list[nn.Module] = [self.generalized, *self.specialized]
+        copies: list[nn.Module] = []
+        if network.fast.fold_frozen:
+            network._fold(network._low(x.device))
+            if any(block.hooked() for block in network._folded):
+                return None
+            copies = [block.current() for block in network._folded]
+            running = [self.generalized, *self.specialized[-1:]]
+        modules = [module for block in running for module in block.modules()]
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+        learns = any(t.requires_grad for t in tensors if t is not None)
+        if (
+            network.masked
+            or x.requires_grad
+            # An evaluation amid training would take the place of what training recorded.
+            or (learns and not (network.training and torch.is_grad_enabled()))
+            or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
+        ):
+            return None
+        return (
+            (x.dtype, x.device, network.fast, torch.is_autocast_enabled(x.device.type)),
+            tuple(copies),
+            tuple((module, module.training) for module in modules),
+            tuple((t.data_ptr(), t.requires_grad) for t in tensors if t is not None),
+        )
 
 
 def _precision(device: torch.device, low: bool) -> AbstractContextManager[Any]:

@@ -1,14 +1,13 @@
-"""What makes an expandable network fast: bfloat16, channels_last, and cheap frozen blocks."""
+"""What makes an expandable network fast: bfloat16, channels_last, cheap frozen blocks, graphs."""
 
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -19,7 +18,6 @@ from avalanche_memo.models.pruning import Residual
 __all__ = [
     "FastPath",
     "FoldedBlock",
-    "compiled",
     "fold_batch_norm",
     "has_bfloat16",
 ]
@@ -38,25 +36,17 @@ class FastPath:
     :param fold_frozen: run frozen blocks from a copy of their weights, with BatchNorm folded into
         the convolutions, that is ready in the type they run in. The model keeps the originals,
         which run themselves as long as one of their modules has a forward hook.
-    :param compile_frozen: run these copies, on training batches of full size, as one graph of
-        ``torch.compile`` that all of them share; as a CUDA graph on a GPU. ``"auto"`` does so on a
-        GPU in experiences of at least 2000 steps: a CPU without AMX gained nothing by it. In a
-        strategy of this package alone, which knows the length of the training; not for pruned
-        blocks, which differ in structure. It has not run on a GPU yet.
-    :raises ValueError: if ``compile_frozen`` is something else.
+    :param cuda_graphs: on a GPU, record the blocks' forward and backward pass once, as CUDA graphs,
+        and launch them whole from then on, which gives the same numbers. The blocks must do the
+        same to each batch, whatever it shows; masks do not, whose temperature changes, and go
+        without. The stage maps of a forward pass are then valid until the next one.
     """
 
     resident_batches: bool = True
     channels_last: bool = True
     bfloat16: bool = True
     fold_frozen: bool = True
-    compile_frozen: bool | Literal["auto"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.compile_frozen not in (True, False, "auto"):
-            raise ValueError(
-                f"compile_frozen: expected True, False or 'auto', got {self.compile_frozen!r}"
-            )
+    cuda_graphs: bool = True
 
     @classmethod
     def of(cls, fast: "bool | FastPath") -> "FastPath":
@@ -64,20 +54,6 @@ class FastPath:
         if isinstance(fast, FastPath):
             return fast
         return cls() if fast else cls(False, False, False, False, False)
-
-    def compiles(self, device: torch.device, steps: int) -> bool:
-        """Return whether frozen blocks are compiled for an experience.
-
-        It depends on how the run was configured, not on what of it is done: a resumed run gives the
-        same numbers.
-
-        :param device: where the network is.
-        :param steps: the training steps of the experience.
-        """
-        repays = device.type == "cuda" and steps >= 2000
-        return self.fold_frozen and (
-            repays if self.compile_frozen == "auto" else self.compile_frozen
-        )
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -89,21 +65,6 @@ def has_bfloat16(device: torch.device) -> bool:
         read: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
         return any(read().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
-
-
-@cache
-def compiled(device: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Return the call of a block compiled for a type of device.
-
-    The block is an argument, so that blocks of one structure share a graph.
-    """
-
-    def run(block: nn.Module, x: Tensor) -> Tensor:
-        output: Tensor = block(x)
-        return output
-
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(run, dynamic=False, mode=mode)
 
 
 def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:

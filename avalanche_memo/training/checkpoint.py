@@ -1,8 +1,10 @@
 """Checkpoints of tensors and plain data, from which a killed run goes on to the same numbers."""
 
 import inspect
+import math
 import os
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,14 +32,23 @@ class Checkpoint:
 
     :param path: the file; its predecessor is kept under the same name with ``.previous`` added.
     :param fingerprint: plain text that tells this run's configuration from another's.
+    :param seconds: how long an epoch's state may go unsaved, but for a phase's last; 0 saves each.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fingerprint: str = "") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], fingerprint: str = "", *, seconds: float = 0.0
+    ) -> None:
         self.path = Path(path)
         self.previous = self.path.with_name(self.path.name + ".previous")
         self.fingerprint = fingerprint
         self.extra: dict[str, Any] = {}
         """Plain data of the caller's that is saved and restored along."""
+        self.seconds = seconds
+        self._saved = -math.inf
+
+    def due(self) -> bool:
+        """Return whether the last state saved is as old as it may get."""
+        return time.monotonic() - self._saved >= self.seconds
 
     def save(self, strategy: Any) -> None:
         """Write the state of a strategy, within an experience or between two.
@@ -59,6 +70,7 @@ class Checkpoint:
                     "checkpoint: expected tensors and plain data, in `extra` and as the states of "
                     f"plugins and metrics, got {', '.join(unknown)}"
                 )
+        self._saved = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Read the newest whole state and :attr:`extra`.

@@ -136,7 +136,7 @@ class IncrementalTemplate(SupervisedTemplate):
     :param closing_phases: what follows the phase of ``train_epochs`` in the later experiences where
         no ``later_phases`` are given.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
-    :param checkpoint: where to save after each epoch, or ``None``.
+    :param checkpoint: where to save after epochs, or ``None``.
     :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for a
         checkpoint of a model with parts of Avalanche's that grow, for a phase on the exemplars
         without a memory, for one that is about the classifier with a model without, for a network
@@ -281,11 +281,6 @@ class IncrementalTemplate(SupervisedTemplate):
         own_epochs = self.train_epochs
         # PeriodicEval reads the number of epochs here to decide whether to evaluate at the end.
         self.train_epochs = epochs = sum(phase.epochs for phase in self._phases)
-        if isinstance(self.model, ExpandableNetwork):
-            steps = self.train_epochs * len(self.experience.dataset) // self.train_mb_size
-            # Pruned blocks differ in structure: each would be compiled for itself.
-            compiles = not self.model.masked and self.model.fast.compiles(self.device, steps)
-            self.model.compiled_batch = self.train_mb_size if compiles else None
         try:
             super()._before_training_exp(**kwargs)
         finally:  # Whoever interrupts it may train on.
@@ -392,7 +387,9 @@ class IncrementalTemplate(SupervisedTemplate):
             )
         super()._after_training_epoch(**kwargs)
         self.phase_epoch += 1
-        if self.checkpoint is not None:
+        assert self.phase is not None
+        last = self.phase_epoch == self.phase.epochs
+        if self.checkpoint is not None and (last or self.checkpoint.due()):
             self.checkpoint.save(self)
 
     def _start_optimizer(self, settings: dict[str, Any]) -> None:

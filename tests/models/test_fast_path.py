@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.nn.utils.parametrizations import weight_norm
 
 from avalanche_memo.budget import inference_bytes, parameter_bytes
@@ -16,15 +15,13 @@ from avalanche_memo.models import (
     cifar_resnet,
     convnet2,
     convnet4,
-    expandable,
     imagenet_resnet,
 )
 from avalanche_memo.models.fast_path import fold_batch_norm, has_bfloat16
-from tests.helpers import needs_compiler, randomize_norms
+from tests.helpers import randomize_norms
 
-PARTS = ("resident_batches", "channels_last", "bfloat16", "fold_frozen", "compile_frozen")
+PARTS = ("resident_batches", "channels_last", "bfloat16", "fold_frozen", "cuda_graphs")
 NONE = dict.fromkeys(PARTS, False)
-COMPILED = FastPath(compile_frozen=True)
 
 
 def grown(shared: int, experiences: int = 3) -> ExpandableNetwork:
@@ -175,56 +172,6 @@ def test_nothing_is_recorded_for_backward_where_nothing_behind_a_frozen_block_le
     assert not any(output.requires_grad for output in older)
 
 
-@needs_compiler
-@pytest.mark.parametrize("shared", [0, 2])
-def test_compiled_blocks_share_a_graph_and_learn_what_the_others_learn(shared):
-    torch.compiler.reset()
-    logits, gradients = learn(grown(shared, 4).use(True))
-    network = grown(shared, 4).use(COMPILED)
-    network.compiled_batch = 16
-    before = counters["stats"]["unique_graphs"]
-    compiled_logits, compiled_gradients = learn(network)
-    assert counters["stats"]["unique_graphs"] == before + 1
-    torch.testing.assert_close(compiled_logits, logits, rtol=0.02, atol=0.02)
-    assert compiled_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        error = (compiled_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
-        assert error <= 0.02, name
-
-
-@pytest.fixture
-def broken_compiler(monkeypatch):
-    def fail(block, x):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(expandable, "compiled", lambda device: fail)
-
-
-def test_without_a_compiler_blocks_run_as_they_are_and_the_log_says_so(broken_compiler, caplog):
-    network = grown(2).use(True)
-    network.compiled_batch = 16
-    logits, _ = learn(network)
-    assert caplog.messages == ["torch.compile failed, frozen blocks run as they are: no compiler"]
-    assert torch.equal(logits, learn(grown(2).use(True))[0])
-
-
-def test_what_was_asked_for_by_name_fails_without_a_compiler(broken_compiler):
-    network = grown(2).use(COMPILED)
-    network.compiled_batch = 16
-    with pytest.raises(RuntimeError, match="no compiler"):
-        learn(network)
-
-
-@pytest.mark.parametrize("other", ["another_size", "evaluation"])
-def test_only_full_training_batches_are_compiled(other, broken_compiler):
-    network = grown(2).use(COMPILED)
-    network.compiled_batch = 16
-    if other == "evaluation":
-        network.eval()(torch.randn(16, 3, 16, 16))
-    else:
-        network.train()(torch.randn(15, 3, 16, 16))
-
-
 def test_folded_copies_are_no_part_of_the_model():
     network = grown(2).use(True)
     before = (parameter_bytes(network), inference_bytes(network), list(network.state_dict()))
@@ -293,23 +240,6 @@ def test_switches():
     assert FastPath.of(False) == FastPath(**NONE)
     chosen = FastPath(bfloat16=False)
     assert FastPath.of(chosen) is chosen
-    with pytest.raises(ValueError, match=r"compile_frozen: .*'auto', got 'always'"):
-        FastPath(compile_frozen="always")
-
-
-@pytest.mark.parametrize(
-    ("fast", "device", "steps", "compiles"),
-    [
-        (FastPath(), "cuda", 2000, True),
-        (FastPath(), "cuda", 1999, False),
-        (FastPath(), "cpu", 10**6, False),
-        (COMPILED, "cpu", 1, True),
-        (FastPath(fold_frozen=False), "cuda", 2000, False),
-        (FastPath(compile_frozen=False), "cuda", 2000, False),
-    ],
-)
-def test_frozen_blocks_are_compiled_where_it_repays(fast, device, steps, compiles):
-    assert fast.compiles(torch.device(device), steps) is compiles
 
 
 @pytest.mark.skipif(

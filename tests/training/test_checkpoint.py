@@ -18,7 +18,6 @@ from avalanche_memo.models import (
     BiasCorrectedLinear,
     CosineClassifier,
     ExpandableNetwork,
-    FastPath,
     GrowingLinear,
     ProxyCosineClassifier,
 )
@@ -42,7 +41,6 @@ from tests.helpers import (
     ORDER,
     assert_same_tensors,
     make_benchmark,
-    needs_compiler,
     silent,
     tensors_of,
     tiny_backbone,
@@ -117,7 +115,14 @@ class Interrupt(SupervisedPlugin):
             raise StoppedError
 
 
-def make(path: Path, *plugins: Any, method: str = "DER", seed: int = 0, fast: Any = False) -> Any:
+def make(
+    path: Path,
+    *plugins: Any,
+    method: str = "DER",
+    seed: int = 0,
+    fast: Any = False,
+    seconds: float = 0.0,
+) -> Any:
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     random.seed(seed)
@@ -136,7 +141,7 @@ def make(path: Path, *plugins: Any, method: str = "DER", seed: int = 0, fast: An
         plugins=[Draw(), *plugins],
         evaluator=silent(),
         fast=fast,
-        checkpoint=Checkpoint(path, "tiny run"),
+        checkpoint=Checkpoint(path, "tiny run", seconds=seconds),
     )
 
 
@@ -213,17 +218,15 @@ def test_goes_on_from_any_epoch(epoch, fast, tmp_path, whole_runs):
     assert_same_outcome(outcome(strategy), whole_runs(fast=fast))
 
 
-@needs_compiler
-def test_goes_on_where_blocks_are_compiled(tmp_path, whole_runs):
-    options = {"method": "MEMO", "fast": FastPath(compile_frozen=True)}
-    whole = whole_runs(**options)
-    path = tmp_path / "run.pt"
-    interrupted(path, "before_training_epoch", 8, **options)
-    torch.compiler.reset()
-    strategy = resume(path, **options)
+def test_epochs_left_unsaved_are_trained_again(tmp_path, whole_runs):
+    path, seldom = tmp_path / "run.pt", {"method": "MEMO", "seconds": 1000.0}
+    interrupted(path, "before_training_epoch", 4, **seldom)
+    state, _ = Checkpoint(path, "tiny run").load()
+    assert state["phase"]["experience"] == 0
+    assert state["phase"]["epoch"] == FIRST.epochs
+    strategy = resume(path, **seldom)
     go_on(strategy, make_benchmark().train_stream)
-    assert strategy.model.compiled_batch == 6
-    assert_same_outcome(outcome(strategy), whole)
+    assert_same_outcome(outcome(strategy), whole_runs("MEMO"))
 
 
 @pytest.mark.parametrize("method", ["MEMO", "Replay", "Joint"])

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from avalanche_memo.benchmarks import split_digits
 from avalanche_memo.budget import inference_bytes, parameter_bytes
 from avalanche_memo.evaluation import ChannelMasks, ClassIncrementalAccuracy, MemoryUsage
-from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
+from avalanche_memo.models import ExpandableNetwork, cifar_resnet
 from avalanche_memo.training import DER, MEMO, Phase
 from avalanche_memo.training.plugins import HerdingReplayPlugin, SparsityPlugin
 from tests.helpers import (
@@ -263,13 +263,6 @@ def test_der_on_digits_with_pruning(tmp_path):
 def test_without_a_sparsity_weight_der_is_what_it_was():
     strategy = der(dense(), sparsity_weight=0.0)
     assert not any(isinstance(plugin, SparsityPlugin) for plugin in strategy.plugins)
-
-
-@pytest.mark.parametrize(("model", "weight", "batch"), [(masked, 1.0, None), (dense, 0.0, 6)])
-def test_blocks_that_will_be_pruned_are_not_compiled(model, weight, batch):
-    strategy = der(model(), sparsity_weight=weight, fast=FastPath(compile_frozen=True))
-    strategy.train(make_benchmark().train_stream[0])
-    assert strategy.model.compiled_batch == batch
 
 
 def test_memo_takes_the_plugin():
