@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 from matplotlib.figure import Figure
 
-from experiments.comparison import Group, Spread, check_distinct, group, read
+from experiments.comparison import Group, check_distinct, group, read
 from experiments.figures import markdown, published_curves, save_figure
 from experiments.folders import write
 
@@ -94,8 +94,9 @@ class _Row:
 
     def run(self) -> list[str]:
         """Return how ours came about."""
-        result = self.own.results[0]
-        config, environment = result["config"], result["environment"]
+        config = self.own.results[0]["config"]
+        minutes = [sum(map(sum, run["seconds"].values())) / 60 for run in self.own.results]
+        machines = [run["environment"] for run in self.own.results]
         epochs = [
             " + ".join(
                 f"{phase['epochs']}{'' if phase['learns'] == 'all' else ' classifier'}"
@@ -103,14 +104,12 @@ class _Row:
             )
             for when in ("first", "later")
         ]
-        mean, deviation = self.own.seconds
-        minutes = Spread(mean / 60, None if deviation is None else deviation / 60)
         return [
             self.name,
             "; ".join(epochs),
             ", ".join(str(seed) for (seed,) in self.own.seeds),
-            minutes.text(0),
-            f"{environment['device']}, threads: {environment['threads']}",
+            ", ".join(f"{each:.0f}" for each in minutes),
+            ", ".join(dict.fromkeys(f"{m['device']}, threads: {m['threads']}" for m in machines)),
             f"`--config {shlex.quote(os.path.relpath(self.folders[0] / 'config.yaml'))}`",
         ]
 

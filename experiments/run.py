@@ -261,7 +261,10 @@ def _images_per_epoch(
 def _row(strategy: Any) -> dict[str, Any]:
     """Return what is measured once after an experience."""
     metrics = strategy.evaluator.get_last_metrics()
-    row: dict[str, Any] = {"classes": list(strategy.model.new_classes)}
+    row: dict[str, Any] = {
+        "classes": list(strategy.model.new_classes),
+        "device": chip(strategy.device),
+    }
     for name in ("ForgettingRate_CNN", "ForgettingRate_NME", "StreamForgetting"):
         row[name] = metrics.get(f"{name}/eval_phase/test_stream")
     for kind in ("Parameter", "Inference", "Exemplar", "Total"):
@@ -305,7 +308,9 @@ def _results(
         ),
         "bytes": [{k: v for k, v in row.items() if k.endswith("_bytes")} for row in rows],
         "environment": {
-            "device": chip(strategy.device),
+            # A run may go on elsewhere. Rows of older checkpoints do not say.
+            "device": ", then ".join(dict.fromkeys(row["device"] for row in rows if "device" in row))
+            or chip(strategy.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -46,7 +46,7 @@ def test_published_figures_stand_beside_ours(tmp_path, content, monkeypatch):
     assert accuracy[6:] == ["66.50", "65.00 ± 21.21", "-1.50"]
     assert published[1:] == ["CNN", "published", "99.00", "66.50"]
     assert ours[1:] == ["CNN", "ours", "100.00 ± 0.00", "65.00 ± 21.21"]
-    assert run[1:5] == ["8; 8", "1, 2", "0 ± 0", "a CPU, threads: 1"]
+    assert run[1:5] == ["8; 8", "1, 2", "0, 0", "a CPU, threads: 1"]
     assert run[5] == "`--config seed1/config.yaml`"
 
 

@@ -170,6 +170,16 @@ def test_a_run_killed_outright_goes_on_to_the_same_numbers(finished, tmp_path, e
     assert sorted(path.name for path in (folder / "models").iterdir()) == kept
 
 
+def test_a_run_that_goes_on_elsewhere_names_both_machines(finished, tmp_path, monkeypatch):
+    config = short(tmp_path / "moved")
+    monkeypatch.setattr("experiments.run.chip", lambda device: "one machine")
+    stop_after(config, epochs=2 + 1)  # The first experience, and its checkpoint.
+    monkeypatch.setattr("experiments.run.chip", lambda device: "another")
+    results = run(config)
+    assert results["environment"]["device"] == "one machine, then another"
+    assert results["cnn"] == without_times(finished)["cnn"]
+
+
 def test_a_run_killed_between_its_last_checkpoint_and_its_results_has_results(finished, tmp_path):
     config = short(tmp_path / "last")
     # Two epochs, then twice two and one, and a checkpoint after each experience.
@@ -212,6 +222,7 @@ def stop_after(config: Config, epochs: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "save", stopping)
+        patch.setattr("experiments.run._UNSAVED", 0.0)
         with pytest.raises(StopError):
             run(config)
 
