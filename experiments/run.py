@@ -296,6 +296,7 @@ def _results(
             "confusion": accuracy.confusion_matrix(readout),
             "forgetting_rate": [row[f"ForgettingRate_{readout.upper()}"] for row in rows],
         }
+    here = chip(strategy.device)  # Rows of older checkpoints do not say where they come from.
     return {
         "config": config.identity(),
         **readouts,
@@ -308,9 +309,7 @@ def _results(
         ),
         "bytes": [{k: v for k, v in row.items() if k.endswith("_bytes")} for row in rows],
         "environment": {
-            # A run may go on elsewhere. Rows of older checkpoints do not say.
-            "device": ", then ".join(dict.fromkeys(row["device"] for row in rows if "device" in row))
-            or chip(strategy.device),
+            "device": ", then ".join(dict.fromkeys(row.get("device", here) for row in rows)),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),

@@ -616,6 +616,7 @@ def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch
     monkeypatch.setattr(
         Checkpoint, "save", lambda self, s: (epochs.append(s.phase is not None), save(self, s))
     )
+    monkeypatch.setattr("experiments.run._UNSAVED", 0.0)
     run(parse([*variant, *start, "--run_folder", str(tmp_path / "begun")]))
     assert sum(epochs) == 3 + 3  # none of the first experience
     assert without_times(tmp_path / "begun") == without_times(tmp_path / "whole")
