@@ -84,7 +84,8 @@ class PODNet(ReplayTemplate):
     :param base_kwargs: the arguments of :class:`ReplayTemplate`. Without ``later_phases``,
         ``train_epochs`` epochs are followed by :data:`PODNET_BALANCED`.
     :raises TypeError: if the model is no :class:`ExpandableNetwork` with a cosine classifier.
-    :raises ValueError: if it would add blocks, or an option is outside its range.
+    :raises ValueError: if it would add blocks, an option is outside its range, or a phase has a
+        temperature beside NCA's equation.
     """
 
     def __init__(
@@ -135,3 +136,9 @@ class PODNet(ReplayTemplate):
             closing_phases=(PODNET_BALANCED,),
             **base_kwargs,
         )
+        for phase in self.first_phases + self.later_phases:
+            if criterion is None and nca == "equation" and phase.temperature != 1:
+                # The margin is one of similarities that nothing divides.
+                raise ValueError(
+                    f"temperature: expected 1 with nca='equation', got {phase.temperature}"
+                )

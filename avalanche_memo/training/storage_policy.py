@@ -181,7 +181,7 @@ class HerdingBuffer(ExemplarsBuffer):
     :param compression: how exemplars are kept; as raw pixels if not given. Each class then has the
         bytes of its quota of raw images, at the size the network sees, and holds as many of its
         images' files, best first, as fit, and always the best. No pixel of an old class but those
-        files is used again.
+        files is used again; sizes and modes are looked up in the originals, which must be there.
     :raises ValueError: if a number is below 1.
     :raises TypeError: if the rates are something else.
     """
@@ -267,7 +267,7 @@ class HerdingBuffer(ExemplarsBuffer):
         :param dataset: the data of an experience.
         :param n_classes: classes of the stream.
         :raises ValueError: if the memory is smaller than the number of classes, or at last has no
-            room for a compressed image in each class; or if the codec can't hold the images.
+            room for a compressed image in each class; or if the codec can't hold the first image.
         """
         room = self.quota(n_classes, 0 if self.rates is None else len(self.rates.rates) - 1)
         if self.compression is None:

@@ -139,9 +139,10 @@ class IncrementalTemplate(SupervisedTemplate):
     :param checkpoint: where to save after epochs, or ``None``.
     :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for a
         checkpoint of a model with parts of Avalanche's that grow, for a phase on the exemplars
-        without a memory, for one that is about the classifier with a model without, for a network
-        with masks without a ``SparsityPlugin``, and before training for an experience with no data
-        or another than the one within which a restored state was saved.
+        without a memory, for one that is about the classifier with a model without, for one that
+        sets a weight decay with an optimizer without, for a network with masks without a
+        ``SparsityPlugin``, and before training for an experience with no data or another than the
+        one within which a restored state was saved.
     :raises FloatingPointError: if a loss is not finite.
     """
 
@@ -231,11 +232,14 @@ class IncrementalTemplate(SupervisedTemplate):
         needed = "a SparsityPlugin for a network with masked=True (DER: a sparsity_weight above 0)"
         _check(good, "plugins", needed, "none")
         kind, classifier = type(self.model).__name__, getattr(self.model, "classifier", None)
+        optimizer = type(self.optimizer).__name__
         for phase in self.first_phases + self.later_phases:
             good = phase.data != "exemplars" or bool(self._memories)
             _check(good, "data", "a HerdingReplayPlugin for a phase on the exemplars", "none")
             good = phase.learns == "all" or classifier is not None
             _check(good, "model", "one with a `classifier` for a phase that trains it alone", kind)
+            good = phase.weight_decay is None or "weight_decay" in self.optimizer.param_groups[0]
+            _check(good, "optimizer", "one with weight_decay for a phase that sets it", optimizer)
             good = not phase.reset_classifier or hasattr(classifier, "reset_parameters")
             _check(good, "model", "one whose `classifier` has reset_parameters for a phase", kind)
 
@@ -251,6 +255,16 @@ class IncrementalTemplate(SupervisedTemplate):
         self.first_phases = first if self.first_phases is self._first else self.first_phases
         self.later_phases = later if self.later_phases is self._later else self.later_phases
         self._first, self._later = first, later
+
+    def model_adaptation(self, model: nn.Module | None = None) -> nn.Module:
+        """Adapt a model to the present experience; no network grows while evaluating.
+
+        :param model: the strategy's own if not given; a plugin may hold another, in training mode.
+        """
+        model = self.model if model is None else model
+        if self.is_training or not (isinstance(model, ExpandableNetwork) and model.training):
+            return super().model_adaptation(model)
+        return super().model_adaptation(model.eval()).train()
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Start the optimizer afresh on all parameters that learn."""

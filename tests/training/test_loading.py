@@ -23,7 +23,7 @@ from avalanche.training.determinism.rng_manager import RNGManager
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from PIL import Image
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10
 
@@ -614,6 +614,24 @@ def test_fallback_keeps_workers_alive(make):
     for _ in range(2):
         _, y, _ = stacked(kept)
         assert sorted(y.tolist()) == sorted(dataset.targets)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(Stream(), batch_size=2, num_workers=1),
+        DataLoader(range(10), batch_size=None, sampler=[3, 1, 2], num_workers=1),
+    ],
+)
+def test_fallback_leaves_loaders_alone_that_have_no_batch_sampler_of_their_own(loader):
+    strategy = SimpleNamespace(dataloader=loader, device=torch.device("cpu"), checkpoint=None)
+    ResidentBatches().before_training_exp(strategy, num_workers=1)
+    assert strategy.dataloader is loader
 
 
 def test_files_are_decoded_once_where_sizes_agree_after_the_prefix():

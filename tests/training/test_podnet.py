@@ -172,6 +172,11 @@ def test_ucir_can_leave_out_the_ranking_loss():
         (PODNet, {"flat_distillation": "none"}, "flat_distillation: expected 'pod', .*'none'"),
         (PODNet, {"nca": "paper"}, "nca: expected 'equation' or 'released', got 'paper'"),
         (PODNet, {"margin": -1}, "margin: .*got -1"),
+        (
+            PODNet,
+            {"nca": "equation", "later_phases": [Phase(1, temperature=2)]},
+            "temperature: expected 1 with nca='equation', got 2.0",
+        ),
         (PODNet, {"pooling": "sum"}, "pooling: expected one of spatial"),
         (
             PODNet,

@@ -16,6 +16,7 @@ from avalanche.training.plugins import (
     AGEMPlugin,
     EarlyStoppingPlugin,
     EvaluationPlugin,
+    GDumbPlugin,
     GSS_greedyPlugin,
     LRSchedulerPlugin,
 )
@@ -23,6 +24,7 @@ from avalanche.training.supervised import Naive
 from torch import nn
 
 from avalanche_memo.models import CosineClassifier, ExpandableNetwork
+from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.training import (
     DER,
     MEMO,
@@ -858,6 +860,26 @@ def test_parameters_that_the_user_froze_stay_frozen():
     strategy.train(stream[1])
     assert torch.equal(norm.weight, before)
     assert not norm.weight.requires_grad
+
+
+def test_a_weight_decay_needs_an_optimizer_that_has_one():
+    model = ExpandableNetwork(tiny_backbone, 1)
+    options = {"model": model, "optimizer": torch.optim.Rprop(model.parameters(), lr=0.01)}
+    with pytest.raises(ValueError, match="^optimizer: expected one with weight_decay .*got Rprop"):
+        Finetune(**options, first_phases=[Phase(1, weight_decay=1e-4)])
+    Finetune(**options, first_phases=[Phase(1)])
+
+
+def test_a_network_that_a_plugin_adapts_does_not_grow_in_evaluation():
+    # GDumb keeps a copy in training mode, adapts it to what is evaluated and goes on with it.
+    strategy = make(MEMO, 1, GDumbPlugin(20))
+    benchmark = make_benchmark()
+    strategy.train(benchmark.train_stream[0])
+    strategy.eval(benchmark.test_stream)
+    strategy.train(benchmark.train_stream[1])
+    expected = [experience_classes(experience) for experience in benchmark.train_stream[:2]]
+    assert strategy.model.growth == expected
+    assert len(strategy.model.specialized) == 2
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])

@@ -15,6 +15,7 @@ from avalanche.training.plugins import SupervisedPlugin
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     default_collate,
@@ -80,7 +81,13 @@ def _keep_workers(loader: Any) -> Any:
     if type(loader) in _AVALANCHE_LOADERS:
         if loader.loader_kwargs.get("num_workers", 0):
             loader.loader_kwargs["persistent_workers"] = True
-    elif type(loader) is DataLoader and loader.num_workers and not loader.persistent_workers:
+    elif (
+        type(loader) is DataLoader
+        and loader.num_workers
+        and not loader.persistent_workers
+        and loader.batch_sampler is not None
+        and not isinstance(loader.dataset, IterableDataset)
+    ):
         return DataLoader(
             loader.dataset,
             batch_sampler=loader.batch_sampler,
