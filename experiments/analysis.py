@@ -241,12 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder: Path = options.run_folder
     if not (folder / "config.yaml").exists():
         parser.error(f"RUN_FOLDER: expected a run folder with a config.yaml, got {folder}")
+    out: Path = options.out or folder / "analysis"
     try:
+        out.mkdir(parents=True, exist_ok=True)
         analysis = analyse(folder, options.images)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    out: Path = options.out or folder / "analysis"
-    out.mkdir(parents=True, exist_ok=True)
     write(out / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")
     gradient_figure(analysis, out / "gradient_norm.png")
     shift_figure(analysis, out / "shift.png")

@@ -30,9 +30,16 @@ from avalanche_memo.evaluation import ClassIncrementalAccuracy
 from avalanche_memo.models import ExpandableNetwork, FastPath, cifar_resnet
 from avalanche_memo.training import DER, MEMO
 from avalanche_memo.training.loading import resident_loader
+from avalanche_memo.training.ranges import at_least_one
 from avalanche_memo.training.storage_policy import herding_order
 from experiments.folders import write
-from experiments.machine import default_device, describe, in_new_process, seconds
+from experiments.machine import (
+    check_device,
+    default_device,
+    describe,
+    in_new_process,
+    seconds,
+)
 
 BATCH = 128
 PLAIN = FastPath.of(False)
@@ -181,7 +188,7 @@ def herding(fast: bool, n: int, dim: int, m: int) -> list[float]:
 def peak_memory(experiences: int, fast: FastPath, device: str) -> float:
     """Return the peak memory, in MB, of this process, which has only to train a few steps."""
     training_steps("MEMO", experiences, fast, device, steps=3)
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     # Unlike getrusage's, this peak does not include the parent's at the time of the fork.
     status = Path("/proc/self/status").read_text()
@@ -360,6 +367,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps per turn")
     parser.add_argument("--device", default=default_device())
     options = parser.parse_args(arguments)
+    try:
+        at_least_one("rounds", options.rounds)
+        at_least_one("steps", options.steps)
+        check_device(options.device)
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
     print(head)
     rows = measure(options.device, options.rounds, options.steps)
@@ -367,7 +382,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = notes(machine, others)
     print(text)
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         lines = ["# The fast path against plain training\n", head, *map(row_text, rows), text, ""]
         write(options.out / "benchmark.md", "\n".join(lines))
         content = {"machine": machine, "rows": rows} | others

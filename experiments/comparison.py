@@ -366,9 +366,10 @@ def _memory(results: Sequence[Mapping[str, Any]]) -> str:
     if config["compression"] is not None and all("exemplars" in result for result in results):
         files = statistics.fmean(result["exemplars"] for result in results)
         return f"{files:.0f} files, {_text(config['compression'])}"
+    more = "" if config["memory_rates"] is None else ", more by rates"
     if config["exemplars_per_class"] is not None:
-        return f"{config['exemplars_per_class']} exemplars per class"
-    return f"{config['mem_size']} exemplars"
+        return f"{config['exemplars_per_class']} exemplars per class{more}"
+    return f"{config['mem_size']} exemplars{more}"
 
 
 def _without_images(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,15 @@ import yaml
 from avalanche_memo.training import Compression, Phase
 from avalanche_memo.training.checkpoint import written_whole
 
-__all__ = ["EXPANDING", "METHOD_NAMES", "Config", "from_options", "nearest", "parse"]
+__all__ = [
+    "EXPANDING",
+    "METHOD_NAMES",
+    "Config",
+    "from_options",
+    "nearest",
+    "parse",
+    "read_yaml",
+]
 
 Method = Literal[
     "memo", "der", "podnet", "ucir", "icarl", "wa", "bic", "replay", "finetune", "joint"
@@ -90,7 +98,7 @@ class Config:
     :param proxies: proxies of a class (PODNet).
     :param squared_distance: whether similarities are minus the squared distance, as in the authors'
         code, instead of the cosine (PODNet).
-    :param nca: what the authors' released code computes, or the paper's equation (PODNet).
+    :param nca: the paper's equation, or what the authors' released code computes (PODNet).
     :param pod_weight: weight of the distillation of the stages' outputs (PODNet).
     :param flat_weight: weight of the distillation of the features (PODNet).
     :param pooling: spatial, width, height, channels or gap (PODNet).
@@ -241,6 +249,39 @@ class Config:
             yaml.safe_dump(plain, file, sort_keys=False, encoding="utf-8")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML's own loader keeps the second."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Later, when it is constructed, a mapping has what it merges, too.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(
+                    f"{key}: expected once in a mapping, got it twice{node.start_mark}"
+                )
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        # Else what a merged mapping has merged itself would win over its own.
+        node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    :raises ValueError: if it is no text, or a key comes twice.
+    :raises yaml.YAMLError: if it is no YAML; it names the file.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, _UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got {error}") from None
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """Adds the nearest known key to the message about an unknown one."""
 
@@ -298,6 +339,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     files: list[str] = known.config
     if len(files) > 1:
         parser.error(f"--config: expected one file, got {', '.join(files)}")
+    for file in files:
+        _check_file(parser, Path(file))
     namespace = parser.parse_args(
         [*(f"--config={file}" for file in files), *_with_wholes_emptied(others)]
     )
@@ -309,8 +352,18 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
             )
         if given not in ([f"--resume={namespace.resume}"], ["--resume", namespace.resume]):
             parser.error(f"--resume: expected a folder and no further options, got {given}")
+        _check_file(parser, stored)
         namespace = parser.parse_args(["--config", str(stored), "--run_folder", namespace.resume])
     return _config(parser, namespace)
+
+
+def _check_file(parser: _Parser, path: Path) -> None:
+    """Check what the parser would pass over, or say without the file's name."""
+    try:
+        if path.is_file() and not isinstance(content := read_yaml(path), dict):
+            raise ValueError(f"{path}: expected options and their values, got {content}")
+    except (ValueError, yaml.YAMLError) as error:
+        parser.error(str(error))
 
 
 def _with_wholes_emptied(arguments: Sequence[str]) -> Iterator[str]:

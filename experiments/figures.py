@@ -134,13 +134,13 @@ def accuracy_curves(
 
 
 def published_curves(
-    title: str, rows: Sequence[tuple[str, str, Group, Sequence[float] | None]]
+    title: str, rows: Sequence[tuple[str, str, Group, Mapping[str, Any]]]
 ) -> Figure:
     """Draw accuracy against classes seen, ours beside the published, a panel per readout.
 
     :param title: of the figure.
     :param rows: for each curve its name, its readout, our runs (a bar is a standard deviation), and
-        the published accuracies in percent, as far as there are any.
+        the published ``accuracy`` in percent and its ``name``, as far as there are any.
     """
     drawn = {readout for _, readout, _, _ in rows}
     readouts = [readout for readout in _READOUTS if readout in drawn]
@@ -153,9 +153,10 @@ def published_curves(
     for name, readout, group, published in rows:
         axes = panels[readout]
         _with_bars(axes, group.seen, group.accuracies(readout), **styles[name], label=name)
-        if published is not None:
+        if "accuracy" in published:
             hollow = {"linestyle": "--", "markerfacecolor": "white"}
-            axes.plot(group.seen, published, **styles[name], **hollow, label=f"{name}, published")
+            label = f"{published.get('name', name)}, published"
+            axes.plot(group.seen, published["accuracy"], **styles[name], **hollow, label=label)
     _finish(figure)
     return figure
 

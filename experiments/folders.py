@@ -75,6 +75,8 @@ def check_folder(config: Config) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run_folder: expected a folder, got the file {folder}")
     if not path.exists():
+        if (folder / "results.json").exists():
+            raise ValueError(f"run_folder: expected a config.yaml beside results.json in {folder}")
         return
     refuse_other("run_folder", folder, stored_config(folder).identity(), config.identity())
     refuse_other_data("run_folder", folder, config)

@@ -266,10 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         at_least_one("rounds", options.rounds)
         check_device(options.device)
         _check_alike(options.folders)
+        options.out.mkdir(parents=True, exist_ok=True)
         reports = report(options.folders, options.device, options.rounds)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    options.out.mkdir(parents=True, exist_ok=True)
     page = tables(reports)
     write(options.out / "pruning.md", page)
     write(options.out / "pruning.json", json.dumps(reports, indent=1) + "\n")

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from avalanche_memo.training import Phase
 from experiments.building import data_root
 from experiments.comparison import Spread
-from experiments.config import METHOD_NAMES, Config, parse
+from experiments.config import METHOD_NAMES, Config, from_options, parse
 from experiments.figures import markdown
 from experiments.folders import compact, refuse_other, write
 from experiments.machine import describe, in_new_process
@@ -202,8 +202,8 @@ def _noting(found: _Accuracy, make: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def run_ours(config: Config) -> _Accuracy:
-    """Train with this package and return its accuracy."""
-    results = run(config)
+    """Train with this package, on the CPU too, and return its accuracy."""
+    results = run(replace(config, device="cpu"))
     return {name: [round(100 * a, 2) for a in results[name]["accuracy"]] for name in READOUTS}
 
 
@@ -292,8 +292,10 @@ def _compare(options: argparse.Namespace, protocol: Config) -> None:
     content: dict[str, Any] = {"config": own, "accuracy": {}}
     if path.exists():
         content = json.loads(path.read_text())
+        # It may have been begun before there were all of today's options.
+        stored = from_options({"against": []} | content["config"]).identity()
+        content["config"] = {name: stored[name] for name in own}
         refuse_other("out", options.out, content["config"], own)
-    content["machine"] = describe("cpu")
     commits = content.setdefault("commits", {})
     commit = _commit(options.clone)
     for method in options.methods:
@@ -310,6 +312,8 @@ def _compare(options: argparse.Namespace, protocol: Config) -> None:
                 runs = content["accuracy"].setdefault(method, {}).setdefault(side, {})
                 if str(seed) not in runs:
                     runs[str(seed)] = train(config)
+                    machines = [*content.get("machine", "").split("; "), describe("cpu")]
+                    content["machine"] = "; ".join(dict.fromkeys(filter(None, machines)))
                     write(path, compact(content))
                     write(options.out / "released.md", page(content))
     print((options.out / "released.md").read_text())

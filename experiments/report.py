@@ -17,6 +17,7 @@ import argparse
 import base64
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -156,6 +157,9 @@ def report(
         name: (caption, _save(figure, out / "figures" / name))
         for name, (caption, figure) in figures.items()
     }
+    for path in (out / "figures").iterdir():  # Of an earlier report, on more runs.
+        if re.fullmatch(r"(accuracy|confusion)-\d+", path.stem) and path.stem not in figures:
+            path.unlink()
     text = "\n".join([f"# {title}\n", *(f"- {note}" for note in notes), ""])
     filled = [table for table in tables if table.rows]
     write(out / "report.md", "\n".join([text, *(table.markdown() for table in filled)]))

@@ -12,7 +12,8 @@ its figures beside the list, which is YAML::
         rows:
           - name: ResNet-32, 3312 exemplars
             source: the paper, figure 5
-            published: {average: 72.1, last: 62.1, accuracy: [...]}   # in %; each may be left out
+            # In %; each may be left out, and so may what it is called, if otherwise than ours.
+            published: {name: figure 5, average: 72.1, last: 62.1, accuracy: [...]}
             readout: cnn
             runs: [memo_seed1, memo_seed2]  # folders that differ in the seed alone
 
@@ -31,6 +32,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from experiments.comparison import Group, check_distinct, group, read
+from experiments.config import read_yaml
 from experiments.figures import markdown, published_curves, save_figure
 from experiments.folders import write
 
@@ -38,7 +40,7 @@ __all__ = ["main", "page"]
 
 _SECTION = {"title", "text", "figure", "rows"}
 _ROW = {"name", "source", "published", "readout", "runs"}
-_PUBLISHED = ("average", "last", "accuracy")
+_PUBLISHED = ("name", "average", "last", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class _Row:
                 raise ValueError(
                     f"accuracy: expected {len(ours)} figures for {self.name}, got {len(published)}"
                 )
-            lines.insert(0, [*start, "published", *(f"{value:.2f}" for value in published)])
+            name = self.published.get("name", self.name)
+            figures = [f"{value:.2f}" for value in published]
+            lines.insert(0, [name, self.readout.upper(), "published", *figures])
         return lines
 
     def run(self) -> list[str]:
@@ -120,7 +124,7 @@ def page(path: Path) -> tuple[str, dict[str, Figure]]:
     :param path: the list; run folders are named relative to its own.
     :raises ValueError: if an entry is not as expected, or a run is not finished.
     """
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     _keys(f"{path}", content, {"title", "text", "sections"})
     parts, figures = [f"# {content['title']}", content["text"]], {}
     for section in content["sections"]:
@@ -129,7 +133,7 @@ def page(path: Path) -> tuple[str, dict[str, Figure]]:
         rows = [_Row.of(row, path.parent) for row in section["rows"]]
         parts += [f"## {title}", section["text"], *_tables(rows)]
         parts.append(f"![{title}: accuracy over classes seen]({file})")
-        curves = [(row.name, row.readout, row.own, row.published.get("accuracy")) for row in rows]
+        curves = [(row.name, row.readout, row.own, row.published) for row in rows]
         figures[file] = published_curves(title, curves)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n", figures
 

@@ -54,7 +54,7 @@ from experiments.progress import ProgressBar
 __all__ = ["budget_bytes", "check", "main", "run"]
 
 _FIRST_EXPERIENCE = "first_experience.pt"
-_UNSAVED = 10.0
+_UNSAVED_SECONDS = 10.0
 """The seconds of training that a killed run loses at most, beside an epoch's."""
 
 log = logging.getLogger("avalanche_memo")
@@ -113,7 +113,9 @@ def _train(config: Config, folder: Path) -> dict[str, Any]:
     RNGManager.set_random_seeds(config.seed)
     benchmark = make_benchmark(config)
     train, test = benchmark.train_stream, benchmark.test_stream
-    checkpoint = Checkpoint(folder / "checkpoint.pt", config.fingerprint(), seconds=_UNSAVED)
+    checkpoint = Checkpoint(
+        folder / "checkpoint.pt", config.fingerprint(), seconds=_UNSAVED_SECONDS
+    )
     state = _saved_state(config, folder, checkpoint)
     rates = memory_rates(config, train)
     progress = ProgressBar(config.method, _images_per_epoch(config, train, rates))
@@ -370,11 +372,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_folder(each)
             if finished(each.folder) is None:
                 check(each)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"experiments.run: error: {error}") from None
     try:
         results = [run(each) for each in configs]
-    except RunFolderError as error:
+    except (RunFolderError, OSError) as error:
         raise SystemExit(f"experiments.run: error: {error}") from None
     if len(results) > 1:
         accuracy_figure(results, config.folder / "accuracy.png")

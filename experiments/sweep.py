@@ -46,7 +46,7 @@ import yaml
 
 from experiments.building import data_digest, data_root
 from experiments.comparison import check_distinct, check_protocol
-from experiments.config import Config, from_options, nearest
+from experiments.config import Config, from_options, nearest, read_yaml
 from experiments.folders import check_folder, finished
 from experiments.report import report
 from experiments.run import check, run
@@ -93,8 +93,7 @@ def load(path: Path) -> Sweep:
     :raises ValueError: if a key, an option, a method or another value is unknown; if something
         occurs twice; if runs that would be reported together are of different protocols.
     """
-    with path.open() as file:  # Errors of YAML name the file.
-        content = yaml.load(file, _UniqueKeys)
+    content = read_yaml(path)
     known = ["folder", "threads", "gpus", "retries", "allow", "average", "common", "axes"]
     if not isinstance(content, dict) or not {"folder", "axes"} <= set(content):
         raise ValueError(f"{path}: expected the keys folder and axes, got {content}")
@@ -176,26 +175,6 @@ def check_runs(sweep: Sweep) -> None:
                 )
         plain = {name: c.identity() | {"data": data_digest(c)} for name, c in members.items()}
         check_protocol(plain, sweep.allow, sweep.average)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML's own loader keeps the second."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        # Later, when it is constructed, a mapping has what it merges, too.
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(
-                    f"{key}: expected once in a mapping, got it twice{node.start_mark}"
-                )
-        return node
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        # Else what a merged mapping has merged itself would win over its own.
-        node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
 
 
 # Axis -> name of a point -> what it sets, perhaps by points of other axes.

@@ -1,6 +1,8 @@
+import re
+
 import pytest
 
-from experiments.benchmark import BATCH, training_flops
+from experiments.benchmark import BATCH, main, training_flops
 
 
 def test_one_more_frozen_block_costs_its_convolutions_forward_and_to_its_input():
@@ -8,3 +10,13 @@ def test_one_more_frozen_block_costs_its_convolutions_forward_and_to_its_input()
     products = 8 * 8 * 9 * (32 * 64 + 9 * 64 * 64)
     added = training_flops(3) - training_flops(2)
     assert added == pytest.approx(2 * 2 * BATCH * products, rel=0.001)
+
+
+@pytest.mark.parametrize("option", ["--rounds=0", "--steps=0", "--device=gpuu", "--out={file}"])
+def test_what_cannot_be_measured_is_refused_before_anything_is(option, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main([option.format(file=tmp_path / "file")])
+    output, error = capsys.readouterr()
+    assert not output
+    assert re.search("expected|File exists", error)

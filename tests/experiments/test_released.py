@@ -182,12 +182,22 @@ def test_finished_runs_are_kept_and_not_repeated(clone, tmp_path, monkeypatch, c
     monkeypatch.setattr(released, "check", lambda config: None)
     monkeypatch.setattr(released, "in_new_process", train("released", [60.0, 40.0]))
     monkeypatch.setattr(released, "run_ours", train("ours", [61.0, 42.0]))
+    monkeypatch.setattr(released, "describe", lambda device: f"a {device}")
     command = [str(clone), "--methods", "icarl", "--out", str(tmp_path / "out")]
     main([*command, "--seeds", "1"])
+    path = tmp_path / "out" / "released.json"
+    older = json.loads(path.read_text())
+    del older["config"]["squared_distance"]  # An option that came later.
+    path.write_text(json.dumps(older))
+    main([*command, "--seeds", "1"])
+    assert trained == [("released", 1), ("ours", 1)]
+    assert json.loads(path.read_text()) == older
+    monkeypatch.setattr(released, "describe", lambda device: f"another {device}")
     main([*command, "--seeds", "1", "2"])
-    assert trained == [("released", 1), ("ours", 1), ("released", 2), ("ours", 2)]
-    stored = json.loads((tmp_path / "out" / "released.json").read_text())
+    assert trained[2:] == [("released", 2), ("ours", 2)]
+    stored = json.loads(path.read_text())
     assert stored["accuracy"]["icarl"]["ours"]["2"]["cnn"] == [61.0, 42.0]
+    assert stored["machine"] == "a cpu; another cpu"
     page = (tmp_path / "out" / "released.md").read_text()
     assert "+2.00 ± 0.00" in page
     assert "iCaRL unknown" in page  # The commit: the stand-in is no clone.
@@ -204,6 +214,15 @@ def test_finished_runs_are_kept_and_not_repeated(clone, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         main([*command, "--clases", "20"])
     assert "the nearest known key is 'classes'" in capsys.readouterr().err
+
+
+def test_ours_trains_on_the_cpu_as_the_released_code_does(monkeypatch):
+    def train(config):
+        assert config == replace(PROTOCOL, device="cpu")
+        return {"cnn": {"accuracy": [0.61234, 0.5]}, "nme": {"accuracy": [0.6, 0.4]}}
+
+    monkeypatch.setattr(released, "run", train)
+    assert released.run_ours(PROTOCOL) == {"cnn": [61.23, 50.0], "nme": [60.0, 40.0]}
 
 
 def test_settings_of_both_phases_have_the_released_names():

@@ -187,6 +187,14 @@ def test_labels_of_compressed_memories_fixed_epochs_and_all_data(tmp_path):
     }
 
 
+def test_a_memory_that_grows_by_rates_says_so(tmp_path):
+    for name, options in (("all", {}), ("each", {"exemplars_per_class": 20})):
+        config = replace(PLAIN, method="podnet", memory_rates=[0.2, 0.2], **options)
+        make_run(tmp_path / name, config)
+    memories = {own.memory for own in groups_of(tmp_path)}
+    assert memories == {"200 exemplars, more by rates", "20 exemplars per class, more by rates"}
+
+
 def test_options_that_a_run_is_too_old_for_had_their_defaults(tmp_path):
     old = make_run(tmp_path / "old", replace(PLAIN, seed=1))
     make_run(tmp_path / "new", replace(PLAIN, seed=2))
@@ -593,6 +601,18 @@ def test_the_same_runs_give_the_same_report(compared):
     ]
     assert contents[0] == contents[1]
     assert {"index.html", "memory-bars.pdf", "memory-bars.svg"} < set(contents[0])
+
+
+def test_figures_of_an_earlier_report_on_more_runs_go(compared):
+    out = compared / "again"
+    report([compared / "runs"], out)
+    stale = [out / "figures" / f"confusion-99.{kind}" for kind in ("svg", "pdf")]
+    own = out / "figures" / "accuracy-mine.svg"
+    for path in (*stale, own):
+        path.touch()
+    report([compared / "runs"], out)
+    assert own.exists()
+    assert not any(path.exists() for path in stale)
 
 
 class References(HTMLParser):

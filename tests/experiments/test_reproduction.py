@@ -65,6 +65,16 @@ def test_the_figure_has_published_curves_beside_ours(tmp_path, content):
     assert (tmp_path / "memo.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_was_published_may_have_a_name_of_its_own(tmp_path, content):
+    content["sections"][0]["rows"][0]["published"]["name"] = "MEMO, milestones not stated"
+    text, figures = page(written(tmp_path, content))
+    accuracy, published, ours, _ = cells(text, "MEMO")
+    names = [row[0] for row in (accuracy, published, ours)]
+    assert names == ["MEMO", "MEMO, milestones not stated", "MEMO"]
+    labels = {entry.get_text() for entry in figures["memo.png"].legends[0].get_texts()}
+    assert labels == {"MEMO", "MEMO, milestones not stated, published"}
+
+
 def test_what_was_not_published_is_left_empty(tmp_path, content):
     content["sections"][0]["rows"][0]["published"] = {"last": 60}
     accuracy, ours, _ = cells(page(written(tmp_path, content))[0], "MEMO")
@@ -104,7 +114,10 @@ def test_a_damaged_list_is_refused(tmp_path, capsys, text, message):
     [
         ({"runs": ["seed1", "copy"]}, "expected different runs, got the same in .* and .*copy"),
         ({"readout": "nme"}, "readout: expected one of cnn, got nme"),
-        ({"published": {"mean": 1}}, "published: expected some of average, last, accuracy, got"),
+        (
+            {"published": {"mean": 1}},
+            "published: expected some of name, average, last, accuracy, got",
+        ),
         ({"published": {"accuracy": [1]}}, "accuracy: expected 2 figures for MEMO, got 1"),
         ({"runs": ["seed1", "other"]}, "runs: expected finished ones that differ in the seed"),
         ({"runs": ["nowhere"]}, "nowhere: expected a run folder"),

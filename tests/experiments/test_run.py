@@ -222,7 +222,7 @@ def stop_after(config: Config, epochs: int) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "save", stopping)
-        patch.setattr("experiments.run._UNSAVED", 0.0)
+        patch.setattr("experiments.run._UNSAVED_SECONDS", 0.0)
         with pytest.raises(StopError):
             run(config)
 
@@ -278,6 +278,15 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(SystemExit, match="run_folder: expected a folder, got the file"):
         main([*SHORT, "--run_folder", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"error: .*Not a directory"):
+        main([*SHORT, "--run_folder", str(tmp_path / "run" / "below")])
+
+
+def test_results_without_a_configuration_are_no_runs(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished / "results.json", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run_folder: expected a config.yaml beside results.json"):
+        run(short(tmp_path / "run"))
 
 
 def test_models_are_kept_from_the_beginning_or_not_at_all(finished):
@@ -466,6 +475,23 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"mem_size: 3\nmem_size: 4\n", "mem_size: expected once in a mapping, got it twice"),
+        (b"", "config.yaml: expected options and their values, got None"),
+        (b"backbone: \xff\n", "config.yaml: expected text in UTF-8, got"),
+    ],
+)
+def test_a_file_that_is_no_list_of_options_is_refused_by_name(tmp_path, capsys, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text)
+    for arguments in (["--config", str(path)], ["--resume", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            parse(arguments)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"mem_size": 5}, ValueError, "mem_size: expected at least one exemplar for each of 6"),
@@ -616,7 +642,7 @@ def test_a_run_starts_from_the_first_experience_of_another(tmp_path, monkeypatch
     monkeypatch.setattr(
         Checkpoint, "save", lambda self, s: (epochs.append(s.phase is not None), save(self, s))
     )
-    monkeypatch.setattr("experiments.run._UNSAVED", 0.0)
+    monkeypatch.setattr("experiments.run._UNSAVED_SECONDS", 0.0)
     run(parse([*variant, *start, "--run_folder", str(tmp_path / "begun")]))
     assert sum(epochs) == 3 + 3  # none of the first experience
     assert without_times(tmp_path / "begun") == without_times(tmp_path / "whole")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from avalanche_memo.budget import parameter_bytes
@@ -28,7 +27,7 @@ from avalanche_memo.training import (
     Phase,
 )
 from experiments import sweep as module
-from experiments.config import Config
+from experiments.config import Config, read_yaml
 from experiments.run import run
 from experiments.sweep import check_runs, load, main, run_all
 from tests.experiments.test_report import make_run
@@ -161,15 +160,16 @@ def test_a_merged_mapping_may_be_overridden(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["deep: {way: {%s}}", "%s"], ids=["above", "beside"])
-def test_a_mapping_that_merges_another_may_be_merged_itself(place):
+def test_a_mapping_that_merges_another_may_be_merged_itself(place, tmp_path):
     both = "a: &a {x: 1, z: 0}, b: &b {<<: *a, x: 2}"
-    text = "{" + place % both + ", flat: {<<: *b, y: 3}}"
-    assert yaml.load(text, module._UniqueKeys)["flat"] == {"x": 2, "y": 3, "z": 0}
+    (tmp_path / "file").write_text("{" + place % both + ", flat: {<<: *b, y: 3}}")
+    assert read_yaml(tmp_path / "file")["flat"] == {"x": 2, "y": 3, "z": 0}
 
 
-def test_a_key_that_comes_twice_is_refused_within_a_mapping_too():
+def test_a_key_that_comes_twice_is_refused_within_a_mapping_too(tmp_path):
+    (tmp_path / "file").write_text("deep: {x: 1, x: 2}")
     with pytest.raises(ValueError, match="x: expected once in a mapping, got it twice"):
-        yaml.load("deep: {x: 1, x: 2}", module._UniqueKeys)
+        read_yaml(tmp_path / "file")
 
 
 def test_one_option_is_set_by_one_inner_point(tmp_path):

@@ -865,7 +865,7 @@ def test_parameters_that_the_user_froze_stay_frozen():
 def test_a_weight_decay_needs_an_optimizer_that_has_one():
     model = ExpandableNetwork(tiny_backbone, 1)
     options = {"model": model, "optimizer": torch.optim.Rprop(model.parameters(), lr=0.01)}
-    with pytest.raises(ValueError, match="^optimizer: expected one with weight_decay .*got Rprop"):
+    with pytest.raises(ValueError, match=r"^optimizer: expected one with weight_decay .*got Rprop"):
         Finetune(**options, first_phases=[Phase(1, weight_decay=1e-4)])
     Finetune(**options, first_phases=[Phase(1)])
 
