@@ -243,8 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"RUN_FOLDER: expected a run folder with a config.yaml, got {folder}")
     out: Path = options.out or folder / "analysis"
     try:
-        out.mkdir(parents=True, exist_ok=True)
         analysis = analyse(folder, options.images)
+        out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     write(out / "analysis.json", json.dumps(analysis, indent=1, allow_nan=False) + "\n")

@@ -266,8 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         at_least_one("rounds", options.rounds)
         check_device(options.device)
         _check_alike(options.folders)
-        options.out.mkdir(parents=True, exist_ok=True)
         reports = report(options.folders, options.device, options.rounds)
+        options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     page = tables(reports)

@@ -134,7 +134,7 @@ def test_labels_say_what_distinguishes_runs_of_a_method_and_nothing_else(tmp_pat
     # Of the phases only the field that differs.
     assert [name.removeprefix("PODNet, ") for name in found[1:4]] == [
         "attention cbam, memory_rates [0.5, 0.5], flat_distillation kd, "
-        "later epochs 3 in phase 2, resnet8, 200 exemplars",
+        "later epochs 3 in phase 2, resnet8, 200 exemplars, more by rates",
         *(
             "attention none, memory_rates none, flat_distillation pod, "
             f"later epochs {epochs} in phase 2, resnet8, 200 exemplars"
