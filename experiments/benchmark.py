@@ -53,6 +53,8 @@ PARTS = {
     "CUDA graphs alone": replace(PLAIN, cuda_graphs=True),
 }
 
+_HEAD = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
+
 
 class Images(torch.utils.data.Dataset[Any]):
     """Random CIFAR-sized images, one PIL image at a time, as torchvision's CIFAR-100 gives them."""
@@ -359,6 +361,12 @@ def notes(machine: str, others: dict[str, Any]) -> str:
     )
 
 
+def page(content: dict[str, Any]) -> str:
+    """Return the page of what benchmark.json holds."""
+    rows, text = map(row_text, content["rows"]), notes(content["machine"], content)
+    return "\n".join(["# The fast path against plain training\n", _HEAD, *rows, text, ""])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
@@ -375,16 +383,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    head = "| what | side | median | 10 % | 90 % | unit | times faster |\n" + "|---" * 7 + "|"
-    print(head)
+    print(_HEAD)
     rows = measure(options.device, options.rounds, options.steps)
     machine, others = describe(options.device), other_measures(rows, options.device)
-    text = notes(machine, others)
-    print(text)
+    print(notes(machine, others))
     if options.out is not None:
-        lines = ["# The fast path against plain training\n", head, *map(row_text, rows), text, ""]
-        write(options.out / "benchmark.md", "\n".join(lines))
         content = {"machine": machine, "rows": rows} | others
+        write(options.out / "benchmark.md", page(content))
         write(options.out / "benchmark.json", json.dumps(content) + "\n")
 
 

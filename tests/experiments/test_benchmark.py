@@ -1,8 +1,10 @@
+import json
 import re
+from pathlib import Path
 
 import pytest
 
-from experiments.benchmark import BATCH, main, training_flops
+from experiments.benchmark import BATCH, main, page, training_flops
 
 
 def test_one_more_frozen_block_costs_its_convolutions_forward_and_to_its_input():
@@ -20,3 +22,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(option, tmp_path,
     output, error = capsys.readouterr()
     assert not output
     assert re.search("expected|File exists", error)
+
+
+def test_the_shipped_page_is_what_its_measurements_give():
+    results = Path(__file__).parents[2] / "experiments" / "results"
+    content = json.loads((results / "benchmark.json").read_text())
+    assert (results / "benchmark.md").read_text() == page(content)
+    medians = {(row["what"], row["side"]): row["median"] for row in content["rows"]}
+    for row in content["rows"]:
+        plain = medians.get((row["what"], "plain"))
+        if plain is not None:
+            assert row["ratio"] == pytest.approx(plain / row["median"])
