@@ -262,9 +262,9 @@ class IncrementalTemplate(SupervisedTemplate):
         :param model: the strategy's own if not given; a plugin may hold another, in training mode.
         """
         model = self.model if model is None else model
-        if self.is_training or not (isinstance(model, ExpandableNetwork) and model.training):
-            return super().model_adaptation(model)
-        return super().model_adaptation(model.eval()).train()
+        grows = isinstance(model, ExpandableNetwork) and model.training and not self.is_training
+        adapted: nn.Module = super().model_adaptation(model.eval() if grows else model)
+        return adapted.train() if grows else adapted
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Start the optimizer afresh on all parameters that learn."""
