@@ -33,13 +33,7 @@ from avalanche_memo.training.loading import resident_loader
 from avalanche_memo.training.ranges import at_least_one
 from avalanche_memo.training.storage_policy import herding_order
 from experiments.folders import write
-from experiments.machine import (
-    check_device,
-    default_device,
-    describe,
-    in_new_process,
-    seconds,
-)
+from experiments.machine import check_device, default_device, describe, in_new_process, seconds
 
 BATCH = 128
 PLAIN = FastPath.of(False)

@@ -18,15 +18,7 @@ import yaml
 from avalanche_memo.training import Compression, Phase
 from avalanche_memo.training.checkpoint import written_whole
 
-__all__ = [
-    "EXPANDING",
-    "METHOD_NAMES",
-    "Config",
-    "from_options",
-    "nearest",
-    "parse",
-    "read_yaml",
-]
+__all__ = ["EXPANDING", "METHOD_NAMES", "Config", "from_options", "nearest", "parse", "read_yaml"]
 
 Method = Literal[
     "memo", "der", "podnet", "ucir", "icarl", "wa", "bic", "replay", "finetune", "joint"

@@ -69,7 +69,7 @@ def claim(folder: Path, config: Config) -> None:
 def check_folder(config: Config) -> None:
     """Compare a configuration with the one in its folder, if any.
 
-    :raises ValueError: if they differ.
+    :raises ValueError: if they differ, or results lie there without a configuration.
     """
     folder, path = config.folder, config.folder / "config.yaml"
     if folder.exists() and not folder.is_dir():

@@ -603,6 +603,14 @@ def test_the_same_runs_give_the_same_report(compared):
     assert {"index.html", "memory-bars.pdf", "memory-bars.svg"} < set(contents[0])
 
 
+def test_the_shipped_report_is_what_its_runs_give(tmp_path):
+    results = Path(__file__).parents[2] / "experiments" / "results"
+    shipped = results / "equal_budget_cifar100_b0_inc10_short"
+    report([shipped, results / "der_cifar100_b0_inc10_short" / "unpruned"], tmp_path)
+    for name in ("report.md", "results.csv"):
+        assert (tmp_path / name).read_text() == (shipped / "report" / name).read_text()
+
+
 def test_figures_of_an_earlier_report_on_more_runs_go(compared):
     out = compared / "again"
     report([compared / "runs"], out)
