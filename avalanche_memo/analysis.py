@@ -163,6 +163,10 @@ def _parts(stage: nn.Module) -> list[nn.Module]:
 
     A stage that does not end with a block, such as one of plain convolutions, has none.
     """
+    if isinstance(pruned := getattr(stage, "pruned", None), nn.Module):
+        # What makes its maps wide again follows it, and is a part of its last block.
+        within, after = _parts(pruned), list(stage.children())[1:]
+        return [*within[:-1], *(nn.Sequential(last, *after) for last in within[-1:])]
     parts: list[nn.Module] = []
     rest: list[nn.Module] = []
     if isinstance(stage, nn.Sequential):

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,19 @@ __all__ = [
 ]
 
 
+@contextmanager
+def _named(**options: str) -> Iterator[None]:
+    """Call an argument that an error names as the option that sets it is called."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        name, _, rest = str(error).partition(":")
+        if name not in options:
+            raise
+        raise type(error)(f"{options[name]}:{rest}") from None
+
+
+@_named(order="class_order", root="data_root")
 def make_benchmark(config: Config) -> Any:
     """Return the benchmark that a configuration says.
 
@@ -120,6 +135,7 @@ def data_digest(config: Config) -> str | None:
     return f"{files} files of {len({name for _, name, _ in classes})} classes, {digest}"
 
 
+@_named(depth="backbone")
 def _backbone(config: Config) -> StagedBackbone:
     channels = 1 if config.benchmark == "digits" else 3
     pattern = r"(resnet|imagenet_resnet|convnet)(\d+)(|_cifar_stem)"
@@ -147,6 +163,7 @@ def _backbone(config: Config) -> StagedBackbone:
     )
 
 
+@_named(rates="memory_rates")
 def memory_rates(config: Config, stream: Any) -> MemoryRates | None:
     """Return the configured rates, with the numbers of the stream.
 
@@ -182,11 +199,12 @@ def make_network(config: Config) -> ExpandableNetwork:
             f"sparsity_weight: expected 0 for {config.method}, which has no masks, "
             f"got {config.sparsity_weight}"
         )
-    if not config.train_generalized and config.method not in EXPANDING:
-        raise ValueError(
-            f"train_generalized: expected true for {config.method}, all of whose network is "
-            "generalized, got false"
-        )
+    for name in ("train_generalized", "gradient_through_frozen"):
+        if not getattr(config, name) and config.method not in EXPANDING:
+            raise ValueError(
+                f"{name}: expected true for {config.method}, all of whose network is generalized, "
+                "got false"
+            )
     backbone = _backbone(config)
     stages = len(backbone.stages)
     shared = {"memo": stages - 1, "der": 0}.get(config.method, stages)
@@ -207,6 +225,7 @@ def make_network(config: Config) -> ExpandableNetwork:
     )
 
 
+@_named(temperature="kd_temperature", s_max="mask_s_max", rate="mask_rate")
 def make_strategy(
     config: Config,
     rates: MemoryRates | None,

@@ -145,7 +145,7 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[str]]
                     ) from None
                 runs[str(path)] = results | {"config": options | {"data": results.get("data")}}
     if not runs:
-        raise ValueError(f"expected a finished run, got {len(left_out)} unfinished")
+        raise ValueError(f"folders: expected a finished run, got {len(left_out)} unfinished")
     return runs, left_out
 
 
@@ -179,8 +179,8 @@ def check_protocol(
             differing.append(f"\n  {name}: {found}")
     if differing:
         raise ValueError(
-            f"expected runs of one protocol, got differences:{''.join(differing)}\nName an option "
-            "under 'allow' to compare them all the same, under 'average' to average over it."
+            f"runs: expected those of one protocol, got differences:{''.join(differing)}\nName an "
+            "option under 'allow' to compare them all the same, under 'average' to average over it."
         )
 
 
@@ -193,7 +193,7 @@ def check_distinct(configs: Mapping[str, Mapping[str, Any]]) -> None:
     for run, config in configs.items():
         other = first.setdefault(json.dumps(_effective(config) | {"device": None}), run)
         if other != run:
-            raise ValueError(f"expected different runs, got the same in {other} and {run}")
+            raise ValueError(f"runs: expected different ones, got the same in {other} and {run}")
 
 
 def group(runs: Mapping[str, Mapping[str, Any]], average: Sequence[str] = ("seed",)) -> list[Group]:

@@ -74,7 +74,7 @@ class Config:
         the last for MEMO).
     :param train_generalized: whether the generalized blocks learn after the first experience
         (MEMO).
-    :param gradient_through_frozen: whether the loss reaches them through the frozen blocks.
+    :param gradient_through_frozen: whether the loss reaches them through the frozen blocks (MEMO).
     :param mem_size: exemplars in all.
     :param exemplars_per_class: a fixed number per class instead.
     :param memory_rates: per experience, what the memory may hold beyond that, as a part of an
@@ -189,6 +189,8 @@ class Config:
                 raise ValueError(f"{name}: expected less than 2**32, got {getattr(self, name)}")
         if self.momentum >= 1:
             raise ValueError(f"momentum: expected less than 1, got {self.momentum}")
+        if self.run_folder == "":
+            raise ValueError("run_folder: expected a folder's name, got an empty one")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: expected a number of at least 1, got {self.batch_size}")
         if not self.first or not self.later:
@@ -284,7 +286,8 @@ class _Parser(jsonargparse.ArgumentParser):
         )
         if unknown:
             key = unknown[1].split(".")[-1]
-            message += f"; the nearest known key is '{nearest(key, known)}'"
+            others = [name for name in known if name != key]  # A phase's own may be misplaced.
+            message += f"; the nearest known key is '{nearest(key, others)}'"
         value = re.search(r"Literal\[(.*)\]\. Got value: (\w+)", message)
         if value:
             allowed = re.findall(r"\w+", value[1])

@@ -1,10 +1,11 @@
 """The machine that figures are measured on, and its processes."""
 
-import multiprocessing
 import platform
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ def seconds(work: Callable[[], Any], device: str | torch.device = "cpu") -> floa
 
 
 def in_new_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, arguments)
+    """Return what a function returns in a process of its own.
+
+    :raises BrokenProcessPool: if the process is killed.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()

@@ -274,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"run_folder: expected none, each run has its own, got {protocol.run_folder}"
             )
+        for seed in options.seeds:
+            replace(protocol, seed=seed)  # Refuses what is no seed.
         for method in options.methods:
             module = options.clone / "models" / f"{method}.py"
             if not module.exists():
@@ -282,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             released_settings(config)
             check(config)
         _compare(options, protocol)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
 

@@ -144,7 +144,7 @@ def report(
     sizes = {tuple(map(len, result["classes"])) for result in runs.values()}
     if len(sizes) > 1:
         raise ValueError(
-            f"expected runs of the same experiences, got {' and '.join(map(str, sorted(sizes)))} "
+            f"runs: expected the same experiences, got {' and '.join(map(str, sorted(sizes)))} "
             "classes each"
         )
     tables = [_summary(groups), _steps(groups), _areas(groups), _settings(runs)]

@@ -78,6 +78,7 @@ def check(config: Config) -> list[int]:
     :return: the number of classes of each experience.
     :raises ValueError: if a run of the configuration would stop before its first step.
     """
+    nowhere = Checkpoint("checkpoint.pt")
     if config.device != "auto":
         check_device(config.device)
     if config.start_from is not None and not (config.folder / "checkpoint.pt").exists():
@@ -86,14 +87,13 @@ def check(config: Config) -> list[int]:
                 "keep_models: expected false beside start_from, which has no models of the first "
                 "experience, got true"
             )
-        _donor(Path(config.start_from), config)
+        _first_experience_of(Path(config.start_from), config, nowhere)
     try:
         train = make_benchmark(config).train_stream
     except RuntimeError as error:  # Files of CIFAR-100 that are damaged.
         raise ValueError(str(error)) from None
-    rates, nowhere = memory_rates(config, train), Checkpoint("checkpoint.pt")
     config = replace(config, device="cpu")
-    strategy, _ = make_strategy(config, rates, nowhere, [], BaseLogger())
+    strategy, _ = make_strategy(config, memory_rates(config, train), nowhere, [], BaseLogger())
     image = train[0].dataset.eval()[0][0]
     try:
         with torch.no_grad():
@@ -187,18 +187,6 @@ def _first_experience_of(folder: Path, config: Config, checkpoint: Checkpoint) -
 
     :raises ValueError: if the folder holds no such state, or trained differently.
     """
-    donor = _donor(folder, config)
-    finished = Checkpoint(folder / _FIRST_EXPERIENCE, donor.fingerprint())
-    state, refused = finished.load()
-    if state is None:
-        raise ValueError(f"start_from: {'; '.join(refused)}")
-    checkpoint.extra = finished.extra
-    # The first experience has neither memory nor teacher: plugins start as they are.
-    return {part: content for part, content in state.items() if part != "plugins"}
-
-
-def _donor(folder: Path, config: Config) -> Config:
-    """Return the configuration of a run whose first experience is that of another."""
     if not (folder / _FIRST_EXPERIENCE).exists():
         raise ValueError(
             f"start_from: expected a run folder whose first experience is trained, got {folder}"
@@ -206,7 +194,13 @@ def _donor(folder: Path, config: Config) -> Config:
     donor = stored_config(folder)
     refuse_other("start_from", folder, donor.first_experience(), config.first_experience())
     refuse_other_data("start_from", folder, config)
-    return donor
+    finished = Checkpoint(folder / _FIRST_EXPERIENCE, donor.fingerprint())
+    state, refused = finished.load()
+    if state is None:
+        raise ValueError(f"start_from: {'; '.join(refused)}")
+    checkpoint.extra = finished.extra
+    # The first experience has neither memory nor teacher: plugins start as they are.
+    return {part: content for part, content in state.items() if part != "plugins"}
 
 
 class _Stopwatch(SupervisedPlugin):
@@ -365,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = config.run_folder and f"{Path(config.run_folder)}-{method}"
         own: dict[str, Any] = {"shared_stages": None, "start_from": None, "run_folder": folder}
         if method not in EXPANDING:
-            own |= {"sparsity_weight": 0.0, "train_generalized": True}
+            own |= {"train_generalized": True, "gradient_through_frozen": True}
+            own["sparsity_weight"] = 0.0
         configs.append(replace(config, method=method, against=[], **own))
     try:
         for each in configs:

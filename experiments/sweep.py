@@ -158,7 +158,10 @@ def check_runs(sweep: Sweep) -> None:
     for name, config in sweep.runs.items():
         try:
             check_folder(config)
-            own = {"seed": 0, "start_from": config.start_from, "data_root": config.data_root}
+            if config.device.startswith("cuda") and sweep.gpus == 0:
+                raise ValueError(f"gpus: expected above 0 for the device {config.device}, got 0")
+            own: dict[str, Any] = {"start_from": config.start_from, "data_root": config.data_root}
+            own["seed"] = config.seed if config.start_from else 0  # A start has its own seed.
             if (key := json.dumps(config.identity() | own)) not in built:
                 built[key] = check(config)
             steps[name] = built[key]
@@ -314,10 +317,10 @@ def run_all(sweep: Sweep, address: str | None = None, cpus: int | None = None) -
 
 def _run_on(ray: Any, sweep: Sweep, waiting: dict[str, Config]) -> list[str]:
     """Run on the cluster that Ray is connected to."""
-    for kind, needed in (("CPU", sweep.threads), ("GPU", sweep.gpus)):
+    for name, kind, needed in (("threads", "CPU", sweep.threads), ("gpus", "GPU", sweep.gpus)):
         available = ray.cluster_resources().get(kind, 0)
         if needed > available:
-            raise ValueError(f"expected {needed:g} {kind}s for a run, got {available:g}")
+            raise ValueError(f"{name}: expected at most the {available:g} {kind}s, got {needed:g}")
     environment = {"OMP_NUM_THREADS": str(sweep.threads), "TQDM_DISABLE": "1"}
     if sweep.gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -376,6 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpus", type=int, help="CPUs to use of this machine; all by default")
     parser.add_argument("--check", action="store_true", help="list the runs and train nothing")
     options = parser.parse_args(arguments)
+    if options.address and options.cpus is not None:
+        parser.error(f"--cpus: expected none beside --address, got {options.cpus}")
     try:
         sweep = load(options.file)
         check_runs(sweep)

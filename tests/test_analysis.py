@@ -13,6 +13,7 @@ from avalanche_memo.analysis import (
     network_blocks,
 )
 from avalanche_memo.models import ExpandableNetwork, cifar_resnet, convnet2, imagenet_resnet
+from avalanche_memo.models.channel_mask import MaskedBatchNorm2d
 from tests.helpers import assert_same_tensors, randomize_norms, tensors_of, tiny_backbone
 
 
@@ -100,6 +101,24 @@ def test_residual_blocks_are_named_by_stage():
     assert names(lambda: cifar_resnet(8, last_relu=False), 0) == ["1.0", "1.1", "2.1", "3.1"]
     assert names(lambda: imagenet_resnet(10), 4) == ["1.0", "1.1", "2.1", "3.1", "4.1"]
     assert names(convnet2, 1) == ["1", "2"]
+
+
+@pytest.mark.parametrize("last_relu", [True, False])
+def test_pruned_blocks_keep_their_names(last_relu):
+    network = ExpandableNetwork(lambda: cifar_resnet(8, last_relu=last_relu), 0, masked=True)
+    network.grow([0])
+    names = list(network_blocks(network))
+    for norm in network.modules():
+        if isinstance(norm, MaskedBatchNorm2d):
+            torch.nn.init.normal_(norm.embedding)
+    network.prune()
+    network.eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        network(images)
+    found = block_features(network, images)
+    assert list(found) == names == ["1.0", "1.1", "2.1", "3.1"]
+    torch.testing.assert_close(found["3.1"], network.outputs.stage_maps[-1].mean(dim=(2, 3)))
 
 
 @pytest.mark.parametrize("shared", [0, 1, 2, 3])

@@ -50,9 +50,14 @@ class FastPath:
 
     @classmethod
     def of(cls, fast: "bool | FastPath") -> "FastPath":
-        """Return the parts that ``True`` (all), ``False`` (none) or a choice of them stands for."""
+        """Return the parts that ``True`` (all), ``False`` (none) or a choice of them stands for.
+
+        :raises TypeError: for anything else.
+        """
         if isinstance(fast, FastPath):
             return fast
+        if not isinstance(fast, bool):
+            raise TypeError(f"fast: expected True, False or a FastPath, got {fast!r}")
         return cls() if fast else cls(False, False, False, False, False)
 
 

@@ -76,22 +76,24 @@ def shuffled_loader(
     :param images: how many samples an epoch has at most, drawn anew each time.
     :param persistent_workers: whether workers live on from epoch to epoch; not in a strategy that
         saves checkpoints.
+    :param drop_last: whether a smaller last batch is left out, unless it is the only one.
     :param kwargs: this and the other arguments are those of `strategy.train`.
     """
     dataset = strategy.adapted_dataset
     # What a worker draws depends on the epochs that it has seen, which a resumed run can't make up.
     persistent_workers = persistent_workers and getattr(strategy, "checkpoint", None) is None
-    part = images is not None and images < len(dataset)
+    samples = len(dataset) if images is None else min(images, len(dataset))
+    part = samples < len(dataset)
     return DataLoader(
         dataset,
         batch_size=strategy.train_mb_size,
         shuffle=None if part else shuffle,
-        sampler=RandomSampler(dataset, num_samples=images) if part else None,
+        sampler=RandomSampler(dataset, num_samples=samples) if part else None,
         collate_fn=dataset.collate_fn,
         num_workers=num_workers,
         persistent_workers=persistent_workers and num_workers > 0,
         pin_memory=strategy.device.type == "cuda" if pin_memory is None else pin_memory,
-        drop_last=drop_last,
+        drop_last=drop_last and samples >= strategy.train_mb_size,
     )
 
 

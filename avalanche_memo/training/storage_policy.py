@@ -183,7 +183,7 @@ class HerdingBuffer(ExemplarsBuffer):
         images' files, best first, as fit, and always the best. No pixel of an old class but those
         files is used again; sizes and modes are looked up in the originals, which must be there.
     :raises ValueError: if a number is below 1.
-    :raises TypeError: if the rates are something else.
+    :raises TypeError: if rates or compression are something else.
     """
 
     def __init__(
@@ -201,6 +201,8 @@ class HerdingBuffer(ExemplarsBuffer):
             at_least_one("exemplars_per_class", exemplars_per_class)
         if rates is not None and not isinstance(rates, MemoryRates):
             raise TypeError(f"rates: expected MemoryRates or None, got {rates!r}")
+        if compression is not None and not isinstance(compression, Compression):
+            raise TypeError(f"compression: expected a Compression or None, got {compression!r}")
         super().__init__(max_size)
         self.exemplars_per_class = exemplars_per_class
         self.rerank = rerank

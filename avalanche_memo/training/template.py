@@ -12,6 +12,7 @@ from avalanche.models import DynamicModule
 from avalanche.training.plugins import AGEMPlugin, EarlyStoppingPlugin, GSS_greedyPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import nn
 from torch.nn import CrossEntropyLoss
 from torch.optim import Optimizer
@@ -134,7 +135,7 @@ class IncrementalTemplate(SupervisedTemplate):
     :param later_phases: phases of the later ones; likewise. Later is all that follows the first
         experience given to ``train``, even if that one is given again.
     :param closing_phases: what follows the phase of ``train_epochs`` in the later experiences where
-        no ``later_phases`` are given.
+        no ``later_phases`` are given. A scheduler of the user's steps through their epochs, too.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after epochs, or ``None``.
     :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for a
@@ -175,7 +176,8 @@ class IncrementalTemplate(SupervisedTemplate):
     ) -> None:
         for name, phases in (("first_phases", first_phases), ("later_phases", later_phases)):
             good = isinstance(phases, Sequence) and len(phases) > 0
-            _check(phases is None or good, name, "a list of at least one phase or None", phases)
+            good = good and all(isinstance(phase, Phase) for phase in phases or ())
+            _check(phases is None or good, name, "a list of at least one Phase or None", phases)
         good = isinstance(train_epochs, Integral) and train_epochs >= 1
         _check(good, "train_epochs", "a whole number of at least 1", train_epochs)
         growing = [
@@ -183,6 +185,8 @@ class IncrementalTemplate(SupervisedTemplate):
             for part in model.modules()
             if isinstance(part, DynamicModule) and not isinstance(part, ExpandableNetwork)
         ]
+        good = checkpoint is None or isinstance(checkpoint, Checkpoint)
+        _check(good, "checkpoint", "a Checkpoint or None", repr(checkpoint))
         good = checkpoint is None or not growing
         _check(good, "checkpoint", f"None for a model with {growing}, which grow", checkpoint)
         groups = len(optimizer.param_groups)
@@ -193,9 +197,10 @@ class IncrementalTemplate(SupervisedTemplate):
             parts = replace(parts, channels_last=False)
         if isinstance(model, ExpandableNetwork):
             model.use(parts)
-        self._loading = (
-            [ResidentBatches(eval_batch_size=eval_mb_size)] if parts.resident_batches else []
-        )
+        own = any(isinstance(plugin, ResidentBatches) for plugin in plugins or ())
+        loading = []
+        if parts.resident_batches and not own:
+            loading = [ResidentBatches(eval_batch_size=eval_mb_size)]
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -204,7 +209,7 @@ class IncrementalTemplate(SupervisedTemplate):
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
             device=device,
-            plugins=[*method_plugins, *(plugins or []), *self._loading],
+            plugins=[*method_plugins, *(plugins or []), *loading],
             evaluator=evaluator,
             eval_every=eval_every,
             **base_kwargs,
@@ -292,16 +297,12 @@ class IncrementalTemplate(SupervisedTemplate):
         saved = self.resume_from["phase"]["experience"] if self.resume_from else number
         _check(saved == number, "experience", f"{saved}, within which the state was saved", number)
         self._set_phases()
-        own_epochs = self.train_epochs
-        # PeriodicEval reads the number of epochs here to decide whether to evaluate at the end.
-        self.train_epochs = epochs = sum(phase.epochs for phase in self._phases)
-        try:
-            super()._before_training_exp(**kwargs)
-        finally:  # Whoever interrupts it may train on.
-            if self.train_epochs == epochs:
-                self.train_epochs = own_epochs
-            else:  # A plugin has changed it.
-                self._set_phases()
+        super()._before_training_exp(**kwargs)
+        self._set_phases()  # A plugin may have changed the epochs.
+        for plugin in self.plugins:
+            if isinstance(plugin, PeriodicEval):
+                # Also where the last epoch is evaluated: classifier and memory change after it.
+                plugin.do_final = plugin.eval_every > -1
 
     @property
     def _memories(self) -> list[Any]:
@@ -359,8 +360,9 @@ class IncrementalTemplate(SupervisedTemplate):
             self.adapted_dataset = self._memories[0].exemplars_after(self, again=bool(resume))
         if phase.data != "all" or phase.images is not None:
             self.make_train_dataloader(**kwargs)
-            for plugin in self._loading:
-                plugin.before_training_exp(self, **kwargs)
+            for plugin in self.plugins:
+                if isinstance(plugin, ResidentBatches):
+                    plugin.before_training_exp(self, **kwargs)
         own = {"lr": phase.lr, "weight_decay": phase.weight_decay}
         own = {name: value for name, value in own.items() if value is not None}
         self._start_optimizer(copy.deepcopy(self.settings) | own)
@@ -379,7 +381,7 @@ class IncrementalTemplate(SupervisedTemplate):
         if phase.learns == "classifier" and phase.batch_norm == "frozen":
             for module in self.model.children():
                 module.train(module is self.model.classifier)
-        if phase.scheduled:
+        if phase.scheduled or phase.lr is not None:
             base = self.settings["lr"] if phase.lr is None else phase.lr
             self.optimizer.param_groups[0]["lr"] = phase.rate(self.phase_epoch, base)
         self._bad_step = torch.tensor(-1, device=self.device)

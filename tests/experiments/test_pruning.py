@@ -160,7 +160,7 @@ def test_memo_is_pruned_too(tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--classes=4", "expected runs of one protocol"),
+        ("--classes=4", "runs: expected those of one protocol"),
         ("--backbone=convnet2", "expected runs of one backbone, got convnet2, resnet8"),
     ],
 )

@@ -1,4 +1,7 @@
 import json
+import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +145,22 @@ def test_settings_have_the_released_names():
 def test_what_the_released_code_cannot_train_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         released_settings(replace(PROTOCOL, **change))
+
+
+def test_what_is_no_seed_is_refused_before_training(clone, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(clone), "--seeds", "1", "-1", "--out", str(tmp_path / "out")])
+    assert "seed: expected a number of at least 0, got -1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_not_waited_for():
+    with pytest.raises(BrokenProcessPool):
+        in_new_process(_killed)
 
 
 def test_a_folder_without_released_code_is_refused(tmp_path, capsys):

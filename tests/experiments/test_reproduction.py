@@ -112,7 +112,7 @@ def test_a_damaged_list_is_refused(tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"runs": ["seed1", "copy"]}, "expected different runs, got the same in .* and .*copy"),
+        ({"runs": ["seed1", "copy"]}, "runs: expected different ones, got .* and .*copy"),
         ({"readout": "nme"}, "readout: expected one of cnn, got nme"),
         (
             {"published": {"mean": 1}},

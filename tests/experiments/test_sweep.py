@@ -229,6 +229,29 @@ def test_each_run_that_starts_from_another_is_checked(tmp_path, monkeypatch):
         check_runs(sweep)
 
 
+def test_a_start_of_another_seed_is_refused_before_training(tmp_path):
+    donor = tmp_path / "donor"
+    run(Config(classes=2, first=[Phase(1)], seed=1, run_folder=str(donor)))
+    common = f"common:\n  start_from: {donor}\n  classes: 2\n  later: [{{epochs: 1}}]"
+    (tmp_path / "sweep.yaml").write_text(
+        f"folder: {tmp_path}/runs\n{common}\n  first: [{{epochs: 1}}]\naxes: {{seed: [1, 2]}}\n"
+    )
+    with pytest.raises(ValueError, match=r"seed_2: start_from: .*seed: 1 there, 2 here"):
+        check_runs(load(tmp_path / "sweep.yaml"))
+
+
+def test_runs_on_a_gpu_need_a_part_of_one(tmp_path):
+    sweep = load(write(tmp_path, **{"common:": "common:\n  device: cuda"}))
+    with pytest.raises(ValueError, match="gpus: expected above 0 for the device cuda, got 0"):
+        check_runs(sweep)
+
+
+def test_cpus_of_a_cluster_are_its_own(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(write(tmp_path)), "--address=auto", "--cpus=2"])
+    assert "--cpus: expected none beside --address, got 2" in capsys.readouterr().err
+
+
 def test_a_folder_of_another_configuration_is_refused(tmp_path):
     sweep = load(write(tmp_path))
     config = sweep.runs["b4/memo-small-seed_2"]

@@ -593,6 +593,16 @@ def test_workers_do_not_live_on_beside_checkpoints():
     assert not loader.persistent_workers
 
 
+@pytest.mark.parametrize(("batch_size", "batches"), [(6, 2), (10, 1), (12, 1), (13, 1)])
+def test_the_only_batch_is_not_dropped(batch_size, batches):
+    strategy = SimpleNamespace(
+        adapted_dataset=nc().train_stream[0].dataset.subset(range(12)),
+        train_mb_size=batch_size,
+        device=torch.device("cpu"),
+    )
+    assert len(shuffled_loader(strategy, drop_last=True)) == batches
+
+
 def options_of(loader):
     return loader.loader_kwargs if isinstance(loader, TaskBalancedDataLoader) else vars(loader)
 

@@ -22,8 +22,10 @@ from avalanche.training.plugins import (
 )
 from avalanche.training.supervised import Naive
 from torch import nn
+from torch.utils.data import DataLoader
 
-from avalanche_memo.models import CosineClassifier, ExpandableNetwork
+from avalanche_memo.evaluation import MemoryUsage, class_incremental_metrics
+from avalanche_memo.models import CosineClassifier, ExpandableNetwork, FastPath
 from avalanche_memo.models.expandable import experience_classes
 from avalanche_memo.training import (
     DER,
@@ -43,6 +45,7 @@ from avalanche_memo.training.der import (
     DER_RESNET32_FIRST,
     DER_RESNET32_LATER,
 )
+from avalanche_memo.training.loading import ResidentLoader
 from avalanche_memo.training.memo import MEMO_FIRST, MEMO_LATER
 from avalanche_memo.training.plugins import HerdingReplayPlugin, ResidentBatches
 from tests.helpers import (
@@ -299,8 +302,10 @@ def test_a_rate_that_is_a_tensor_starts_afresh_in_each_phase():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"later_phases": Phase(2)}, "later_phases: expected a list of at least one phase or None"),
-        ({"first_phases": []}, "first_phases: expected a list of at least one phase or None"),
+        ({"later_phases": Phase(2)}, "later_phases: expected a list of at least one Phase or None"),
+        ({"first_phases": []}, "first_phases: expected a list of at least one Phase or None"),
+        ({"first_phases": [60]}, r"first_phases: expected a list of .* or None, got \[60\]"),
+        ({"checkpoint": "run.pt"}, "checkpoint: expected a Checkpoint or None, got 'run.pt'"),
         ({"train_epochs": 0}, "train_epochs: expected a whole number of at least 1, got 0"),
         ({"mem_size": 0}, "mem_size: expected a whole number of at least 1, got 0"),
     ],
@@ -310,6 +315,10 @@ def test_wrong_arguments_are_refused_by_their_names(options, message):
         make(Replay, 3, **options)
     with pytest.raises(TypeError, match=r"rates: expected MemoryRates or None, got \(0.1, 0.2\)"):
         make(Replay, 3, memory_rates=(0.1, 0.2))
+    with pytest.raises(TypeError, match="compression: expected a Compression or None, got 'webp'"):
+        make(Replay, 3, compression="webp")
+    with pytest.raises(TypeError, match="fast: expected True, False or a FastPath, got 'none'"):
+        make(Replay, 3, fast="none")
 
 
 def test_a_memory_may_have_a_size_of_numpys():
@@ -365,6 +374,48 @@ def test_a_phase_leaves_the_users_settings_behind():
     assert (group["lr"], group["weight_decay"]) == (0.05, 5e-4)
     strategy.train(stream[1])
     assert record.rates[1] == [0.05]
+
+
+def test_a_constant_rate_of_a_phase_stays_beside_a_scheduler():
+    record, stream = Record(), make_benchmark().train_stream
+    strategy = make(MEMO, 2, record, first_phases=[Phase(2), Phase(3, lr=0.3)])
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(strategy.optimizer, 0.5)
+    strategy.plugins.append(LRSchedulerPlugin(scheduler))
+    strategy.train(stream[0])
+    assert record.rates == [pytest.approx([0.05, 0.025, 0.3, 0.3, 0.3])]
+
+
+def test_a_subclass_may_make_its_own_loader():
+    class Few(Replay):
+        def make_train_dataloader(self, **kwargs):
+            self.dataloader = DataLoader(self.adapted_dataset.subset([0, 1]), batch_size=2)
+
+    class Sizes(SupervisedPlugin):
+        def after_training_iteration(self, strategy, **kwargs):
+            sizes.append(len(strategy.mb_x))
+
+    sizes: list[int] = []
+    strategy = make(Few, 3, Sizes())
+    strategy.train(make_benchmark().train_stream[0])
+    assert sizes == [2]
+
+
+@pytest.mark.parametrize("fast", [True, FastPath(resident_batches=False)])
+def test_a_users_own_resident_batches_serve_all_phases(fast):
+    class Loaders(SupervisedPlugin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kinds: list[type] = []
+
+        def before_training_epoch(self, strategy, **kwargs):
+            self.kinds.append(type(strategy.dataloader))
+
+    loaders, own = Loaders(), ResidentBatches(1 << 20)
+    phases = [Phase(1), Phase(1, learns="classifier", data="balanced")]
+    strategy = make(DER, 0, own, loaders, first_phases=phases, fast=fast)
+    strategy.train(make_benchmark().train_stream[0])
+    assert loaders.kinds == [ResidentLoader] * 2
+    assert [p for p in strategy.plugins if isinstance(p, ResidentBatches)] == [own]
 
 
 def test_a_scheduler_may_go_on_through_the_experiences_and_be_made_late():
@@ -764,13 +815,12 @@ def test_evaluation_has_no_temperature():
 
 @pytest.mark.parametrize(
     ("eval_every", "first", "later"),
-    # Before training; after epochs 0, k, 2k, ... of 2 and of 2 + 3; and at the end of training
-    # unless the last epoch has just been evaluated.
+    # Before training; after epochs 0, k, 2k, ... of 2 and of 2 + 3; and at the end of training.
     [
         (-1, 0, 0),
         (0, 2, 2),
-        (1, 3, 6),
-        (2, 3, 4),
+        (1, 4, 7),
+        (2, 3, 5),
         (3, 3, 4),
     ],
 )
@@ -795,6 +845,18 @@ def test_periodic_evaluation_counts_epochs_through_the_phases(eval_every, first,
         count.evaluations = 0
         strategy.train(experience, eval_streams=[benchmark.test_stream])
         assert count.evaluations == expected
+
+
+def test_the_last_periodic_evaluation_sees_the_readout_and_the_memory_that_stay():
+    metrics = [class_incremental_metrics(), MemoryUsage()]
+    strategy = make(MEMO, 2, eval_every=1, evaluator=EvaluationPlugin(*metrics, loggers=[]))
+    benchmark = make_benchmark()
+    for index, experience in enumerate(benchmark.train_stream[:2]):
+        test = benchmark.test_stream[: index + 1]
+        during = dict(strategy.train(experience, eval_streams=[test]))
+        after = strategy.eval(test)
+        assert {name.split("/")[0] for name in after} > {"Top1_Acc_NME_Stream", "ExemplarMemory_MB"}
+        torch.testing.assert_close({n: during[n] for n in after}, after, equal_nan=True)
 
 
 def test_evaluation_between_epochs_changes_no_weight():

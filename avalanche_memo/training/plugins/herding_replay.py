@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from avalanche.benchmarks.utils.data_loader import TaskBalancedDataLoader
 from avalanche.training.plugins import SupervisedPlugin
 from torch import Tensor
 
@@ -107,8 +108,9 @@ class HerdingReplayPlugin(SupervisedPlugin):
             strategy.adapted_dataset = strategy.adapted_dataset.concat(exemplars)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Shuffle plainly, whatever the task labels."""
-        strategy.dataloader = shuffled_loader(strategy, **kwargs)
+        """Shuffle plainly, whatever the task labels, unless a loader is not Avalanche's default."""
+        if type(strategy.dataloader) is TaskBalancedDataLoader:
+            strategy.dataloader = shuffled_loader(strategy, **kwargs)
 
     def after_training_iteration(self, strategy: Any, **kwargs: Any) -> None:
         """Forget the means: the features have changed."""
