@@ -167,7 +167,7 @@ def _backbone(config: Config) -> StagedBackbone:
 def memory_rates(config: Config, stream: Any) -> MemoryRates | None:
     """Return the configured rates, with the numbers of the stream.
 
-    :raises ValueError: if there is no documented list for the number of steps.
+    :raises ValueError: if there is no documented list for the number of steps, or too few rates.
     """
     rates = config.memory_rates
     if rates is None:
@@ -181,7 +181,9 @@ def memory_rates(config: Config, stream: Any) -> MemoryRates | None:
             )
         rates = list(MEMORY_RATES[steps])
     per_class = len(stream[0].dataset) // len(stream[0].classes_in_this_experience)
-    return MemoryRates(tuple(rates), config.increment, per_class)
+    made = MemoryRates(tuple(rates), config.increment, per_class)
+    made.extra(steps)  # Refuses a list that is too short.
+    return made
 
 
 def make_memory(config: Config, rates: MemoryRates | None) -> HerdingBuffer:

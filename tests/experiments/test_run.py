@@ -349,7 +349,6 @@ def test_all_that_is_to_run_is_checked_before_the_first(tmp_path, monkeypatch, o
 
 def test_another_method_does_not_start_from_a_run_of_the_first(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(module, "_donor", lambda folder, config: config)
     monkeypatch.setattr(module, "check", lambda config: None)
     monkeypatch.setattr(module, "run", started.append)
     with pytest.raises(TypeError):  # There are no results to show.
@@ -507,7 +506,7 @@ def test_a_file_that_is_no_list_of_options_is_refused_by_name(tmp_path, capsys, 
         ({"shared_stages": 0}, ValueError, "MEMO expected a network with shared_stages 1 or 2"),
         ({"attention": "cbam", "backbone": "convnet2"}, ValueError, "attention: .*cbam and convn"),
         ({"memory_rates": [-0.1] * 3}, ValueError, "^memory_rates: expected a finite number"),
-        ({"memory_rates": [0.1]}, ValueError, "^memory_rates: expected a rate for experience 1"),
+        ({"memory_rates": [0.1]}, ValueError, "^memory_rates: expected a rate for experience 2"),
         ({"memory_rates": "default"}, ValueError, "memory_rates: .*default for 5, 10, 25, 50"),
         ({"memory_rates": [9.0] * 3}, ValueError, "rates: expected a memory of at most"),
         (
@@ -981,4 +980,4 @@ def test_a_run_does_not_start_from_one_on_other_data(tmp_path):
     (tmp_path / "first_experience.pt").touch()
     (tmp_path / "data.txt").write_text("4 files of 2 classes, abc")
     with pytest.raises(ValueError, match=r"start_from: .* holds a run on other data"):
-        module._donor(tmp_path, config)
+        module._first_experience_of(tmp_path, config, Checkpoint("checkpoint.pt"))

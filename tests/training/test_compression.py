@@ -18,7 +18,7 @@ from avalanche_memo.models import ExpandableNetwork
 from avalanche_memo.training import MEMO, Compression, Replay
 from avalanche_memo.training.compression import lowest_quality, through_codec
 from avalanche_memo.training.loading import resident_loader
-from avalanche_memo.training.plugins import HerdingReplayPlugin
+from avalanche_memo.training.plugins import HerdingReplayPlugin, ResidentBatches
 from avalanche_memo.training.samples import original_image, with_images
 from avalanche_memo.training.storage_policy import HerdingBuffer
 from tests.helpers import silent, tiny_backbone
@@ -463,4 +463,5 @@ def test_files_of_past_experiences_are_not_kept_decoded():
     )
     for experience in stream_of():
         strategy.train(experience)
-        assert [len(plugin._decoded._images) for plugin in strategy._loading] == [0]
+        loading = [plugin for plugin in strategy.plugins if isinstance(plugin, ResidentBatches)]
+        assert [len(plugin._decoded._images) for plugin in loading] == [0]
