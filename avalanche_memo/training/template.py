@@ -138,12 +138,13 @@ class IncrementalTemplate(SupervisedTemplate):
         no ``later_phases`` are given. A scheduler of the user's steps through their epochs, too.
     :param fast: the parts of the fast path that are on: all, none, or a :class:`FastPath`.
     :param checkpoint: where to save after epochs, or ``None``.
-    :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for a
-        checkpoint of a model with parts of Avalanche's that grow, for a phase on the exemplars
-        without a memory, for one that is about the classifier with a model without, for one that
-        sets a weight decay with an optimizer without, for a network with masks without a
-        ``SparsityPlugin``, and before training for an experience with no data or another than the
-        one within which a restored state was saved.
+    :raises ValueError: for an optimizer with several groups, for no epochs or no phases, for phases
+        or a checkpoint that are something else, for a checkpoint of a model with parts of
+        Avalanche's that grow, for a phase on the exemplars without a memory, for one that is about
+        the classifier with a model without, for one that sets a weight decay with an optimizer
+        without, for a network with masks without a ``SparsityPlugin``, and before training for an
+        experience with no data or another than the one within which a restored state was saved.
+    :raises TypeError: if ``fast`` is something else.
     :raises FloatingPointError: if a loss is not finite.
     """
 

@@ -108,7 +108,7 @@ class HerdingReplayPlugin(SupervisedPlugin):
             strategy.adapted_dataset = strategy.adapted_dataset.concat(exemplars)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        """Shuffle plainly, whatever the task labels, unless a loader is not Avalanche's default."""
+        """Shuffle plainly, whatever the task labels, where Avalanche's default loader would not."""
         if type(strategy.dataloader) is TaskBalancedDataLoader:
             strategy.dataloader = shuffled_loader(strategy, **kwargs)
 
