@@ -339,7 +339,7 @@ class ExpandableNetwork(DynamicModule):
 
     def _run(self, x: Tensor) -> list[Tensor]:
         """Return the features and the stage maps."""
-        low = self._low(x.device)
+        low = self.runs_in_bfloat16(x.device)
         if self.fast.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with _precision(x.device, low):
@@ -364,7 +364,8 @@ class ExpandableNetwork(DynamicModule):
         x = x.to(torch.bfloat16 if low else torch.float32)
         return [block(x) for block in blocks]
 
-    def _low(self, device: torch.device) -> bool:
+    def runs_in_bfloat16(self, device: torch.device) -> bool:
+        """Return whether blocks on a device run in bfloat16."""
         return self.fast.bfloat16 and has_bfloat16(device)
 
     def _fold(self, low: bool) -> None:
@@ -441,7 +442,7 @@ class _Blocks(nn.Module):
         running: list[nn.Module] = [self.generalized, *self.specialized]
         copies: list[nn.Module] = []
         if network.fast.fold_frozen:
-            network._fold(network._low(x.device))
+            network._fold(network.runs_in_bfloat16(x.device))
             if any(block.hooked() for block in network._folded):
                 return None
             copies = [block.current() for block in network._folded]

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from avalanche_memo.models.cifar_resnet import CifarBlock
+from avalanche_memo.models.fused import fuse
 from avalanche_memo.models.imagenet_resnet import OpenBlock
 from avalanche_memo.models.pruning import Residual
 
@@ -34,8 +35,9 @@ class FastPath:
     :param bfloat16: run blocks under autocast to bfloat16, on hardware that has it. The
         classifier, the losses and the features that herding and NME see stay in float32.
     :param fold_frozen: run frozen blocks from a copy of their weights, with BatchNorm folded into
-        the convolutions, that is ready in the type they run in. The model keeps the originals,
-        which run themselves as long as one of their modules has a forward hook.
+        the convolutions, that is ready in the type they run in; on an x86 processor the
+        convolutions do the sums and ReLUs behind them, too. The model keeps the originals, which
+        run themselves as long as one of their modules has a forward hook.
     :param cuda_graphs: on a GPU, record the blocks' forward and backward pass once, as CUDA graphs,
         and launch them whole from then on, which gives the same numbers. The blocks must do the
         same to each batch, whatever it shows; masks do not, whose temperature changes, and go
@@ -78,6 +80,7 @@ def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     Only where the one is known to follow the other: right behind it in an ``nn.Sequential`` or in a
     residual block of torchvision's or this package's. Every other BatchNorm stays.
     Where pruning has left a residual fewer channels than its sum, it gets them back as zeros.
+    The convolutions are fused with what follows them (:func:`.fuse`).
 
     :param block: a block in evaluation mode.
     :param dtype: the type of the copy's weights; folding itself is done in float32.
@@ -98,7 +101,7 @@ def fold_batch_norm(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in folded.modules():
         if isinstance(module, Residual):
             module.widen_residual()
-    return folded.to(dtype)
+    return fuse(folded.to(dtype))
 
 
 class FoldedBlock:

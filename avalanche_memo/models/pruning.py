@@ -20,10 +20,18 @@ from avalanche_memo.models.channel_mask import MaskedBatchNorm2d
 from avalanche_memo.models.cifar_resnet import CifarBlock, ZeroPadShortcut
 from avalanche_memo.models.imagenet_resnet import OpenBlock
 
-__all__ = ["MaskedLayer", "Residual", "mask_channels", "masked_layers", "prune_channels"]
+__all__ = [
+    "RESIDUAL_BLOCKS",
+    "MaskedLayer",
+    "Residual",
+    "as_residual",
+    "mask_channels",
+    "masked_layers",
+    "prune_channels",
+]
 
-# Exactly these here and below: a subclass may compute something else.
-_BLOCKS = (CifarBlock, BasicBlock, Bottleneck, OpenBlock)
+RESIDUAL_BLOCKS = (CifarBlock, BasicBlock, Bottleneck, OpenBlock)
+"""The residual blocks of torchvision and of this package. A subclass may compute something else."""
 # What maps a channel of zeros to a channel of zeros.
 _CHANNELWISE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Identity, ZeroPadShortcut)
 
@@ -129,8 +137,8 @@ def mask_channels(block: nn.Module) -> nn.Module:
     :raises ValueError: if a part can't be masked: a convolution of several groups or without a
         BatchNorm, or a layer of another kind, such as attention.
     """
-    if type(block) in _BLOCKS:
-        return mask_channels(_as_residual(block))
+    if type(block) in RESIDUAL_BLOCKS:
+        return mask_channels(as_residual(block))
     if isinstance(block, Residual):
         residual, shortcut = mask_channels(block.residual), mask_channels(block.shortcut)
         return Residual(residual, shortcut, block.last_relu)
@@ -171,7 +179,11 @@ def _masked_norm(convolution: nn.Conv2d, norm: nn.Module | None) -> MaskedBatchN
     return MaskedBatchNorm2d.of(norm)
 
 
-def _as_residual(block: nn.Module) -> Residual:
+def as_residual(block: nn.Module) -> Residual:
+    """Return one of :data:`RESIDUAL_BLOCKS`, of the same layers, as a :class:`Residual`.
+
+    :raises ValueError: if it has attention or other layers.
+    """
     children = dict(block.named_children())
     attention = children.pop("attention", None) or nn.Identity()
     if not isinstance(attention, nn.Identity):

@@ -80,8 +80,10 @@ class PreviousModel:
         if network.fast.fold_frozen:
             # All of the copy is frozen, so all of it is folded.
             self._running = copy.deepcopy(network)
+            low = network.runs_in_bfloat16(next(network.parameters()).device)
+            dtype = torch.bfloat16 if low else torch.float32
             self._running.generalized = nn.Sequential(
-                *(fold_batch_norm(stage, torch.float32) for stage in network.generalized)
+                *(fold_batch_norm(stage, dtype) for stage in network.generalized)
             )
         self._saved = self._images = self._outputs = None
 
