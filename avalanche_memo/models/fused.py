@@ -8,11 +8,13 @@ the input can pass, too.
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import skip_init
 
 from avalanche_memo.models.pruning import RESIDUAL_BLOCKS, Residual, as_residual
 from avalanche_memo.models.staged import in_order
@@ -162,15 +164,8 @@ def fuse(block: nn.Module) -> nn.Module:
 
     :param block: a block nobody else runs: the convolutions are taken out of it.
     """
-    if (
-        not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        or not hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-        or not torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        or any(
-            p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16)
-            for p in block.parameters()
-        )
-    ):
+    types = {(p.device.type, p.dtype) for p in block.parameters()}
+    if not types or not all(kind == "cpu" and _kernels_work(dtype) for kind, dtype in types):
         return block
     fused: list[nn.Module] = []
     chain = None
@@ -192,6 +187,31 @@ def fuse(block: nn.Module) -> nn.Module:
         else:
             chain.append_residual(_in_sequence(residual.residual), residual.last_relu)
     return nn.Sequential(*fused)
+
+
+@cache
+def _kernels_work(dtype: torch.dtype) -> bool:
+    """Return whether the kernels, which are not in PyTorch's public interface, work here."""
+    if (
+        dtype not in (torch.float32, torch.bfloat16)
+        or not torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        or not torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    ):
+        return False
+    x = torch.arange(8, device="cpu").reshape(1, 2, 2, 2).to(dtype)
+    layer = skip_init(  # type: ignore[no-untyped-call]
+        nn.Conv2d, 2, 2, 3, padding=1, device="cpu", dtype=dtype
+    )
+    layer.to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        layer.weight.fill_(1)
+        layer.bias.fill_(-30)
+        try:
+            alone, last = _convolve(layer, x, None), _convolve(layer, x, x, relu=True)
+            expected = layer(x)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+        return torch.equal(alone, expected) and torch.equal(last, (expected + x).relu())
 
 
 def _in_sequence(module: nn.Module) -> list[nn.Module]:

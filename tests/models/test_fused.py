@@ -1,11 +1,19 @@
 import copy
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
-from avalanche_memo.models import cifar_resnet, convnet2, convnet4, fast_path, imagenet_resnet
+from avalanche_memo.models import (
+    cifar_resnet,
+    convnet2,
+    convnet4,
+    fast_path,
+    fused,
+    imagenet_resnet,
+)
 from avalanche_memo.models.fast_path import fold_batch_norm, has_bfloat16
 from avalanche_memo.models.fused import FusedConvolutions, fuse
 from avalanche_memo.models.pruning import mask_channels, masked_layers, prune_channels
@@ -59,9 +67,9 @@ def both_ways(run, image_size: int = 32, dtype: torch.dtype = torch.float32):
 )
 def test_a_fused_block_computes_the_same(make, parts, layout):
     plain = block(make).to(memory_format=layout)
-    fused = fold_batch_norm(plain, torch.float32)
-    assert [type(part).__name__ for part in fused] == parts
-    for got, expected in zip(both_ways(fused), both_ways(plain), strict=True):
+    folded = fold_batch_norm(plain, torch.float32)
+    assert [type(part).__name__ for part in folded] == parts
+    for got, expected in zip(both_ways(folded), both_ways(plain), strict=True):
         assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -71,20 +79,20 @@ def test_a_fused_block_of_pruned_residuals_computes_the_same():
     kept = [list(range(layer.norm.num_features)) for layer in masked_layers(masked)]
     kept[1], kept[4] = kept[1][1:], kept[4][::2]
     pruned = prune_channels(masked, kept).eval().requires_grad_(False)
-    fused = fold_batch_norm(pruned, torch.float32)
-    assert any(isinstance(part, FusedConvolutions) for part in fused)
-    for got, expected in zip(both_ways(fused), both_ways(pruned), strict=True):
+    folded = fold_batch_norm(pruned, torch.float32)
+    assert any(isinstance(part, FusedConvolutions) for part in folded)
+    for got, expected in zip(both_ways(folded), both_ways(pruned), strict=True):
         assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
 def test_in_bfloat16_it_is_as_exact_as_unfused(monkeypatch):
     plain = block(partial(cifar_resnet, 14))
-    fused = fold_batch_norm(plain, torch.bfloat16)
+    folded = fold_batch_norm(plain, torch.bfloat16)
     monkeypatch.setattr(fast_path, "fuse", lambda folded: folded)
     unfused = fold_batch_norm(plain, torch.bfloat16)
     exact = both_ways(plain)
-    got = both_ways(fused, dtype=torch.bfloat16)
+    got = both_ways(folded, dtype=torch.bfloat16)
     assert got[0].dtype == torch.bfloat16
     for a, b, expected in zip(got, both_ways(unfused, dtype=torch.bfloat16), exact, strict=True):
         assert (a - expected).norm() <= 1.2 * (b - expected).norm()
@@ -117,8 +125,22 @@ def test_what_cannot_be_fused_stays(layer):
 )
 def test_gradients_of_all_kinds_of_convolutions(layer):
     layers = nn.Sequential(layer, nn.ReLU(), nn.Conv2d(5, 2, 3)).requires_grad_(False)
-    fused = fuse(copy.deepcopy(layers))
-    assert len(fused) == 1
+    chain = fuse(copy.deepcopy(layers))
+    assert len(chain) == 1
     for size in (8, 9):
-        for got, expected in zip(both_ways(fused, size), both_ways(layers, size), strict=True):
+        for got, expected in zip(both_ways(chain, size), both_ways(layers, size), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_fused_where_the_kernels_differ(monkeypatch):
+    """They are not public, so another release of PyTorch may not have them."""
+    layers = nn.Sequential(nn.Conv2d(3, 3, 1))
+    state = torch.get_rng_state()
+    for result in (AttributeError("gone"), torch.zeros(1)):
+        fused._kernels_work.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "_convolve", Mock(side_effect=[result] * 2))
+            assert fuse(layers) is layers
+    fused._kernels_work.cache_clear()
+    assert fuse(layers) is not layers
+    assert torch.equal(torch.get_rng_state(), state)
