@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from avalanche_memo.models.cifar_resnet import CifarBlock
 from avalanche_memo.models.fused import fuse
-from avalanche_memo.models.imagenet_resnet import OpenBlock
-from avalanche_memo.models.pruning import Residual
+from avalanche_memo.models.pruning import RESIDUAL_BLOCKS, Residual
 
 __all__ = [
     "FastPath",
@@ -23,7 +20,7 @@ __all__ = [
     "has_bfloat16",
 ]
 
-_RUN_IN_ORDER = (nn.Sequential, CifarBlock, BasicBlock, Bottleneck, OpenBlock)
+_RUN_IN_ORDER = (nn.Sequential, *RESIDUAL_BLOCKS)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ the input can pass, too.
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -27,16 +27,33 @@ class _Layer:
     """A frozen convolution and what follows it.
 
     :param convolution: the convolution.
-    :param transposed: the convolution that gives the gradient by the input; ``None`` where it is no
-        ordinary one.
     :param relu: whether the output, or the sum, has a ReLU.
     :param residual_from: how many layers come before the residual that ends here, if one does.
     """
 
     convolution: nn.Conv2d
-    transposed: nn.Conv2d | None
     relu: bool = False
     residual_from: int | None = None
+
+    @cached_property
+    def transposed(self) -> nn.Conv2d | None:
+        """The convolution that gives the gradient by the input; ``None`` if no ordinary one does.
+
+        Made when the first gradient comes: many frozen networks never get one.
+        """
+        layer = self.convolution
+        assert not isinstance(layer.padding, str)
+        axes = zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
+        padding = [dilation * (size - 1) - before for dilation, size, before in axes]
+        if layer.stride != (1, 1) or min(padding) < 0:
+            return None
+        transposed = copy.deepcopy(layer)
+        weight = layer.weight.detach().flip(2, 3).transpose(0, 1)
+        transposed.weight = nn.Parameter(
+            weight.contiguous(memory_format=torch.channels_last), requires_grad=False
+        )
+        transposed.bias, transposed.padding = None, tuple(padding)
+        return transposed
 
 
 class FusedConvolutions(nn.Module):
@@ -56,8 +73,7 @@ class FusedConvolutions(nn.Module):
         """Append a convolution, or put a ReLU on the last one's output."""
         if isinstance(module, nn.Conv2d):
             # The kernels are for this layout alone.
-            convolution = module.to(memory_format=torch.channels_last)
-            self.layers.append(_Layer(convolution, _transposed(convolution)))
+            self.layers.append(_Layer(module.to(memory_format=torch.channels_last)))
         else:
             self.layers[-1].relu = True
 
@@ -82,16 +98,20 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shortcut: Tensor | None, layers: list[_Layer]) -> Tensor:
-        maps = [x]
+        maps: list[Tensor | None] = [x]
         for layer in layers:
             start = layer.residual_from
             addend = None if start is None else maps[start]
             if start == 0 and shortcut is not None:
                 addend = shortcut
-            maps.append(_convolve(layer.convolution, maps[-1], addend, layer.relu))
+            x = _convolve(layer.convolution, x, addend, layer.relu)
+            if start is not None and not ctx.needs_input_grad[0]:
+                maps = [None] * len(maps)  # Nobody needs them any more.
+            maps.append(x)
         ctx.layers, ctx.adds_input = layers, shortcut is None
-        ctx.save_for_backward(*maps)
-        return maps[-1]
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*maps)
+        return x
 
     @staticmethod
     @once_differentiable
@@ -116,21 +136,6 @@ def _convolve(layer: nn.Conv2d, x: Tensor, addend: Tensor | None, relu: bool = F
     else:
         output = run.binary(x, addend, *rest, "add", None, "relu" if relu else None, [], "")
     return output
-
-
-def _transposed(layer: nn.Conv2d) -> nn.Conv2d | None:
-    assert not isinstance(layer.padding, str)
-    axes = zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
-    padding = [dilation * (size - 1) - before for dilation, size, before in axes]
-    if layer.stride != (1, 1) or min(padding) < 0:
-        return None
-    transposed = copy.deepcopy(layer)
-    weight = layer.weight.detach().flip(2, 3).transpose(0, 1)
-    transposed.weight = nn.Parameter(
-        weight.contiguous(memory_format=torch.channels_last), requires_grad=False
-    )
-    transposed.bias, transposed.padding = None, tuple(padding)
-    return transposed
 
 
 def _behind_relu(gradient: Tensor, output: Tensor, own: bool) -> Tensor:

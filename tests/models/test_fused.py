@@ -1,4 +1,5 @@
 import copy
+import weakref
 from functools import partial
 from unittest.mock import Mock
 
@@ -144,3 +145,21 @@ def test_nothing_is_fused_where_the_kernels_differ(monkeypatch):
     fused._kernels_work.cache_clear()
     assert fuse(layers) is not layers
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_gradient_maps_are_freed_as_soon_as_a_residual_ends(monkeypatch):
+    alive, convolve = [], fused._convolve
+
+    def watched(*args, **kwargs):
+        output = convolve(*args, **kwargs)
+        alive.append(weakref.ref(output))
+        most.append(sum(reference() is not None for reference in alive))
+        return output
+
+    folded = fold_batch_norm(block(partial(cifar_resnet, 20)), torch.float32)
+    monkeypatch.setattr(fused, "_convolve", watched)
+    for needs_gradient, expected in ((False, 4), (True, 19)):
+        most: list[int] = []
+        alive.clear()
+        folded(torch.randn(1, 3, 32, 32, requires_grad=needs_gradient))
+        assert max(most) == expected

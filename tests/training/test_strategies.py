@@ -159,7 +159,7 @@ def test_learns(method):
     The rate falls, so that it does not hang on a seed or a rounding.
     """
     second = {"DER": BALANCED, "PODNet": EXEMPLARS[1]}
-    falling = Phase(20, lr=0.05, milestones=(12,))
+    falling = Phase(15, lr=0.05, milestones=(9,))
     options = {"mem_size": 60, "first_phases": (falling,), "evaluator": seen_accuracy()}
     options["later_phases"] = (falling,)
     if method in second:
